@@ -142,6 +142,15 @@ class S3Server:
         return False
 
 
+def give_second_name(client: Any, bucket: str, name: str) -> None:
+    """Make a boto3 client reach a bucket under a second name too, as stores with aliases do."""
+
+    def rename(params: dict[str, Any], **_: Any) -> dict[str, Any]:
+        return params | {"Bucket": bucket} if params.get("Bucket") == name else params
+
+    client.meta.events.register("provide-client-params.s3", rename)
+
+
 def _binary() -> str:
     try:
         import boto3  # noqa: F401  # an optional dependency

@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import Engine, Row
 
 from tests.command_line import Run, command_runner
+from tests.moving import plant_outputs, write_files
 from tests.rows import NOW, STORED, add_job, add_output
 from worker.store.audit import latest_actions
 from worker.store.engine import database_now
@@ -165,3 +166,15 @@ def test_given_lost_files_when_verify_queues_them_again_then_their_jobs_are_reco
 
     assert _acts(engine) == [("verify", str(ids[0]), 1), ("verify", "", 2)]
     assert [row.job_id for row in _trail(engine)] == [ids[0], None]
+
+
+def test_given_outputs_when_they_are_moved_then_their_jobs_are_recorded(
+    engine: Engine, run: Run, tmp_path: Path
+) -> None:
+    write_files(tmp_path / "old", plant_outputs(engine, f"file://{tmp_path}/old", 3))
+
+    run("move-storage", "--dry-run")
+    run("move-storage", "--keep", "--yes")
+    run("move-storage", "--yes")
+
+    assert _acts(engine) == [("move-storage", f"STORAGE_URL=file://{tmp_path}/out/ --keep", 3)]

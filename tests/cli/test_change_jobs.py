@@ -14,7 +14,7 @@ from sqlalchemy import Engine, insert, select, update
 
 from tests.command_line import Run, command_runner
 from tests.rows import NOW, add_downloading, add_job, add_output, read_job
-from worker.cli import change_jobs
+from worker.cli import progress
 from worker.client import actions
 from worker.store.breakers import all_breakers
 from worker.store.counters import FINISHED, read_counters
@@ -404,7 +404,7 @@ def test_hosts_are_held_by_the_name_in_their_jobs(engine: Engine, run: Run, monk
 
 
 def test_progress_is_printed_to_stderr(engine: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(change_jobs, "PROGRESS_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(progress, "SECONDS", (0.0, 0.0))
     _add(engine, "1", "2")
 
     result = run("cancel", "--status", "pending", "--yes")

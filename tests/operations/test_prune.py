@@ -530,9 +530,9 @@ prune.prune(engine_for(load().database), load(), wanted)
 """
 POINTS = {
     "before the marks are committed": ("after(pruning, 'mark_pruned')", 6),
-    "between the marks and the first file": ("prune._Files.remove = die", 6),
+    "between the marks and the first file": ("prune.FileRemover.remove = die", 6),
     "between two files": ("after(local.Path, 'unlink', 3)", 3),
-    "between the files and their rows": ("after(prune._Files, 'remove')", 0),
+    "between the files and their rows": ("after(prune.FileRemover, 'remove')", 0),
     "before the rows are committed": ("after(pruning, 'delete_jobs')", 0),
 }
 

@@ -60,6 +60,8 @@ def command_documents() -> Iterator[tuple[str, Any]]:
             ("retry", "--status", "failed", "--yes"),
             ("verify", "--dry-run"),
             ("prune", "--older-than", "1h", "--dry-run"),
+            ("move-storage", "--dry-run"),
+            ("move-storage", "--yes"),
             ("unread", "--apply"),
         ):
             yield " ".join(arguments), json.loads(run(*arguments, "--json")[1])
@@ -88,6 +90,8 @@ def exit_codes() -> Iterator[tuple[Sequence[str], int]]:
             ("hold", "--remote", "nobody"),
             ("verify", "--dry-run"),
             ("prune", "--older-than", "1s"),
+            ("move-storage", "--dry-run"),
+            ("move-storage", "--yes"),
             ("parse", "refused.json"),
             ("parse", "refused.json", "--submit"),
             ("parse", "missing.json"),

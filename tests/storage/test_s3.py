@@ -16,7 +16,7 @@ import requests
 from botocore.awsrequest import AWSResponse
 from botocore.loaders import JSONFileLoader
 
-from tests.s3_servers import S3Server
+from tests.s3_servers import S3Server, give_second_name
 from worker.core.media.signatures import Media
 from worker.errors import OutputMissing, SettingsError, StorageTrouble
 from worker.storage import s3 as module
@@ -384,6 +384,22 @@ def test_any_prefix_works(prefix: str, storage: S3Storage, bucket: Bucket) -> No
     assert requests.get(storage.url(location, 60), timeout=5).content == BODY
     storage.quarantine(location)
     assert list(storage.locations()) == [f"{location}.damaged"]
+
+
+def test_two_names_of_one_object_are_recognised(storage: S3Storage, bucket: Bucket, s3: S3Server) -> None:
+    """A copy in another bucket is another object. The bucket is not changed."""
+    location = _keep(storage)
+    key = location.removeprefix(f"s3://{bucket.name}/")
+    other = s3.bucket()
+    s3.client.copy_object(Bucket=other, Key=key, CopySource={"Bucket": bucket.name, "Key": key})
+    give_second_name(storage.client.boto3_client(), bucket.name, "second-name")
+
+    assert storage.is_same_file(f"s3://second-name/{key}", location)
+    assert storage.is_same_file(location, location)
+    assert not storage.is_same_file(f"s3://{other}/{key}", location)
+    assert not storage.is_same_file(f"s3://second-name/{key}x", location)
+    assert not storage.is_same_file("file:///a", location)
+    assert bucket.keys() == [key]
 
 
 def test_a_usable_bucket_is_not_changed_at_the_start(storage: S3Storage, bucket: Bucket) -> None:

@@ -218,6 +218,7 @@ def test_the_alembic_command_prints_sql_without_a_database(checkout: Path) -> No
 @pytest.mark.parametrize(
     "halves",
     [
+        ["DROP TABLE fetch_copies"],
         ["DROP TABLE fetch_actions"],
         ["ALTER TABLE fetch_jobs DROP COLUMN default_address"],
         [
@@ -226,7 +227,7 @@ def test_the_alembic_command_prints_sql_without_a_database(checkout: Path) -> No
             "DROP TABLE fetch_promises",
         ],
     ],
-    ids=["0012", "0011", "0010"],
+    ids=["0013", "0012", "0011", "0010"],
 )
 def test_an_interrupted_downgrade_can_run_again(empty: Engine, halves: list[str]) -> None:
     """MariaDB commits each statement at once, so the second run finds the changes of the first."""

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -13,6 +12,7 @@ import click
 from worker.cli.filters import filter_options, job_filter
 from worker.cli.job_ids import job_numbers, jobs_with_remote_id
 from worker.cli.output import json_option, print_json, print_records, print_table
+from worker.cli.progress import show_progress
 from worker.client import actions, holds
 from worker.client.actions import Action, ActionResult, change_matching, changeable
 from worker.client.connection import transaction
@@ -30,7 +30,6 @@ from worker.system.terminal import echo
 
 SHOWN = 20  # jobs listed by a dry run
 PAGE = 1_000
-PROGRESS_SECONDS = 0.2, 10.0  # the time between two progress lines: on a terminal, and in a log
 ACTIONS: dict[Action, Callable[[int], bool]] = {
     "cancel": actions.cancel,
     "retry": actions.retry,
@@ -183,24 +182,13 @@ def _all(matching_jobs: Search, settings: Settings) -> Iterator[Any]:
 
 
 def _with_progress(batches: Iterable[list[ActionResult]], action: Action, count: int) -> Iterator[ActionResult]:
-    """Yield the changes and print progress to stderr, also when the command ends early."""
-    terminal = sys.stderr.isatty()
-    interval = PROGRESS_SECONDS[0 if terminal else 1]
-    changed, next_line_at = 0, time.monotonic() + interval
-    try:
+    """Yield the changes, and show the progress."""
+    changed = 0
+    with show_progress("job", PARTICIPLES[action], count) as show:
         for batch in batches:
             changed += sum(row.changed for row in batch)
-            if time.monotonic() >= next_line_at:
-                next_line_at = time.monotonic() + interval
-                click.echo(f"\r{changed:,} of {count:,} {PARTICIPLES[action]}", err=True, nl=not terminal)
+            show(changed)
             yield from batch
-    except BaseException:
-        click.echo(err=True)
-        done = f"{format_count(changed, 'job')} {PARTICIPLES[action]}"
-        echo(f"{done} so far: run the same command again to continue", err=True)
-        raise
-    if terminal and changed:
-        click.echo("\r\033[K", err=True, nl=False)
 
 
 # ── accounts and hosts as a whole ─────────────────────────────────────────────────────────────────────────────────────

@@ -13,6 +13,7 @@ from worker.cli.doctor import doctor
 from worker.cli.list_jobs import list_jobs
 from worker.cli.metrics import metrics
 from worker.cli.migrate import migrate
+from worker.cli.move_storage import move_storage
 from worker.cli.parse import parse
 from worker.cli.prune import prune
 from worker.cli.run import admin, demo, sandbox, up
@@ -45,7 +46,7 @@ def group(context: click.Context) -> None:
 
 COMMANDS = (
     migrate, demo, up, sandbox, admin, track, verify, compare_api, *change_jobs.COMMANDS, list_jobs, show, status,
-    doctor, top, unread, metrics, parse, prune, simulate_command, docs,
+    doctor, top, unread, metrics, parse, prune, move_storage, simulate_command, docs,
 )  # fmt: skip
 for _command in COMMANDS:
     group.add_command(_command)

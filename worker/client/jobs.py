@@ -113,7 +113,13 @@ def get(job_id: int | None = None, *, remote_id: str | int | None = None, accoun
 def open_output(output_id: int) -> BinaryIO:
     """Open a stored output as a binary file; the caller closes it. Raises OutputMissing and StorageTrouble."""
     location = _location(output_id)
-    return storage_of(location, cached_settings()).open(location)
+    try:
+        return storage_of(location, cached_settings()).open(location)
+    except OutputMissing:
+        new_location = _location(output_id)  # `move-storage` may have moved the file meanwhile
+        if new_location == location:
+            raise
+        return storage_of(new_location, cached_settings()).open(new_location)
 
 
 def output_url(output_id: int, seconds: float = 3_600) -> str:

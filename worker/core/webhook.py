@@ -40,7 +40,12 @@ def event_id(job_id: int, completed_at: datetime) -> str:
 def body(kind: str, at: datetime, data: Mapping[str, Any]) -> str:
     """Return the body of an event: JSON with `type`, `timestamp` (ISO 8601, UTC) and `data`."""
     moment = at.isoformat().replace("+00:00", "Z")
-    return json.dumps({"type": kind, "timestamp": moment, "data": data}, separators=(",", ":"), ensure_ascii=False)
+    return encode_body({"type": kind, "timestamp": moment, "data": data})
+
+
+def encode_body(document: Mapping[str, Any]) -> str:
+    """Return the text of an event's JSON document."""
+    return json.dumps(document, separators=(",", ":"), ensure_ascii=False)
 
 
 def signature(secrets: Sequence[bytes], name: str, at: int, text: str) -> str:

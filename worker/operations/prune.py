@@ -6,7 +6,6 @@ prunes may run at the same time: neither waits for the jobs of the other.
 """
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -15,10 +14,9 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Row
 from sqlalchemy.exc import DBAPIError
 
-from worker.errors import SettingsError, StorageTrouble
+from worker.errors import StorageTrouble
 from worker.settings import Settings
-from worker.storage.base import Storage, job_id_of
-from worker.storage.select import storage_of
+from worker.storage.removal import FileRemover
 from worker.store import pruning
 from worker.store.audit import CountedAction, forget_old_actions
 from worker.store.engine import LOCK_WAIT, RELAXED, database_now, error_kind, is_server_error
@@ -93,7 +91,7 @@ def prune(
     counts the removed jobs if an operator prunes.
     """
     pruned = Pruned()
-    pruner = _Pruner(engine, _Files(settings), retention, pruned, audit)
+    pruner = _Pruner(engine, FileRemover(settings), retention, pruned, audit)
     for status, ids, cutoff in _windows(engine, retention):
         started = time.monotonic()
         pruner.prune(status, ids, cutoff)
@@ -126,7 +124,7 @@ class _Pruner:
     """Prunes batches of jobs, and counts them in `pruned` and in the audit trail."""
 
     def __init__(
-        self, engine: Engine, files: "_Files", retention: Retention, pruned: Pruned, audit: CountedAction | None
+        self, engine: Engine, files: FileRemover, retention: Retention, pruned: Pruned, audit: CountedAction | None
     ) -> None:
         self._engine = engine
         self._files = files
@@ -208,39 +206,3 @@ def forget_actions(engine: Engine, *, keep_going: Callable[[], bool] = lambda: T
     while more and keep_going():
         with engine.begin() as connection:
             more = forget_old_actions(connection, now=database_now(connection))
-
-
-class _Files:
-    """Removes the files of outputs from every storage that they are in."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._stores: dict[str, Storage] = {}
-
-    def remove(self, rows: Sequence[Row[Any]]) -> dict[int, str]:
-        """Remove files. Return the ids of the outputs whose files stay, with the reasons.
-
-        Raises StorageTrouble if it is not known which files were removed.
-        """
-        errors: dict[int, str] = {}
-        by_scheme: defaultdict[str, dict[str, int]] = defaultdict(dict)
-        for row in rows:
-            if job_id_of(row.location) == row.job_id:
-                by_scheme[row.location.partition(":")[0]][row.location] = row.id
-            else:
-                errors[row.id] = f"{row.location[:200]} is not the name of a file of this job"
-        for scheme, ids in by_scheme.items():
-            failed = self._remove(scheme, list(ids))
-            errors |= {ids[location]: reason for location, reason in failed.items()}
-        return errors
-
-    def _remove(self, scheme: str, locations: list[str]) -> dict[str, str]:
-        try:
-            if scheme not in self._stores:
-                self._stores[scheme] = storage_of(locations[0], self._settings)
-        except StorageTrouble as error:
-            return dict.fromkeys(locations, str(error))
-        try:
-            return self._stores[scheme].remove(locations)
-        except SettingsError as error:  # a missing library: no file was removed
-            return dict.fromkeys(locations, str(error))

@@ -8,6 +8,7 @@ from worker.core.media.signatures import Media
 from worker.storage.partial_files import Incoming, PartialFiles
 
 JOBS_PER_FOLDER = 1_000
+HASH_DIGITS = (16, 64)  # in names; the longer form is used if another file has the shorter name
 READ_BYTES = 1 << 20
 
 _NAME = re.compile(r"(?:^|/)[0-9]+/(?P<job>[0-9]+)/(?P<position>[0-9]+)-[0-9a-f]{16,64}\.[^/]+")
@@ -19,6 +20,7 @@ class Storage(Protocol):
     """A storage for outputs. Failures raise StorageTrouble; nothing is lost, and the caller tries again later."""
 
     partials: PartialFiles
+    root: str  # the beginning of the locations of its outputs; their relative names follow
 
     def prepare(self) -> None:
         """Create the directory of the storage, once per process. If it disappears later, it is not created again."""
@@ -26,6 +28,10 @@ class Storage(Protocol):
 
     def keep(self, incoming: Incoming, *, job_id: int, position: int, media: Media) -> str:
         """Store a received file under its final name, and return its location. Never overwrites another file."""
+        ...
+
+    def is_same_file(self, location: str, other: str) -> bool:
+        """Return whether two locations are names of one file. Raises StorageTrouble."""
         ...
 
     def open(self, location: str) -> BinaryIO:
@@ -63,6 +69,16 @@ def name_of(*, job_id: int, position: int, sha256: str, extension: str) -> str:
     '12/12345/0-abababababababab.png'
     """
     return f"{job_id // JOBS_PER_FOLDER}/{job_id}/{position}-{sha256}.{extension}"
+
+
+def root_of(location: str) -> str:
+    """Return the location of the folder or bucket of an output: its location without its name.
+
+    >>> root_of("s3://bucket/out/12/12345/0-abababababababab.png")
+    's3://bucket/out/'
+    """
+    match = _NAME.search(location)
+    return location if match is None else location[: match.start() + 1]
 
 
 def job_id_of(location: str) -> int | None:

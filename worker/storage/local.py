@@ -11,7 +11,7 @@ from urllib.parse import quote, unquote
 
 from worker.core.media.signatures import Media
 from worker.errors import OutputMissing, StorageTrouble
-from worker.storage.base import READ_BYTES, Condition, name_of
+from worker.storage.base import HASH_DIGITS, READ_BYTES, Condition, name_of
 from worker.storage.partial_files import Incoming, PartialFiles
 
 PARTIAL = ".partial"
@@ -23,6 +23,7 @@ class FileStorage:
 
     def __init__(self, root: Path, *, address: str | None = None) -> None:
         self._root = root
+        self.root = f"file://{quote(str(root)).rstrip('/')}/"
         self._address = address
         self.partials = PartialFiles(root / PARTIAL)
 
@@ -36,7 +37,7 @@ class FileStorage:
     def keep(self, incoming: Incoming, *, job_id: int, position: int, media: Media) -> str:
         """Rename a received file to its final name, and return its location as a file: URL. Raises StorageTrouble."""
         incoming.sync()
-        for digits in (16, 64):
+        for digits in HASH_DIGITS:
             name = name_of(job_id=job_id, position=position, sha256=incoming.sha256[:digits], extension=media.extension)
             final = self._root / name
             try:
@@ -50,8 +51,16 @@ class FileStorage:
                 _sync_folder(final.parent)
             except OSError as error:
                 raise StorageTrouble(f"can't write to {final.parent}: {error.strerror}") from None
-            return f"file://{quote(str(final))}"
+            return self.root + name
         raise StorageTrouble(f"the content of {final} does not match its name: move it away")
+
+    def is_same_file(self, location: str, other: str) -> bool:
+        """Return whether both are the same file, for example because of a symbolic link or a bind mount."""
+        if not location.startswith("file:"):
+            return False
+        with suppress(OSError):  # one of them is missing
+            return path_of(location).samefile(path_of(other))
+        return False
 
     def open(self, location: str) -> BinaryIO:
         """Open a file. Raises OutputMissing, StorageTrouble."""

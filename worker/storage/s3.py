@@ -8,6 +8,7 @@ import errno
 import hashlib
 import io
 import os
+import secrets
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -18,7 +19,7 @@ from botocore.exceptions import ClientError
 
 from worker.core.media.signatures import Media
 from worker.errors import OutputMissing, StorageTrouble
-from worker.storage.base import READ_BYTES, Condition, name_of
+from worker.storage.base import HASH_DIGITS, READ_BYTES, Condition, name_of
 from worker.storage.partial_files import Incoming, PartialFiles
 from worker.storage.s3_client import CLIENT_ERRORS, WRONG_SUM, S3Client, code_of, reason_of, status_of, unless_missing
 
@@ -36,6 +37,8 @@ class S3Storage:
         self.partials = partials
         self._bucket = bucket
         self._prefix = "".join(f"{part}/" for part in prefix.split("/") if part)
+        self.root = self._location(self._prefix)
+        self._aliases: dict[tuple[str, str], bool] = {}  # whether two names of buckets are one bucket
         self.client = S3Client()
 
     def prepare(self) -> None:
@@ -63,7 +66,7 @@ class S3Storage:
     def keep(self, incoming: Incoming, *, job_id: int, position: int, media: Media) -> str:
         """Upload a received file under its final name, and return its s3: location. Raises StorageTrouble."""
         incoming.sync()
-        for digits in (16, 64):
+        for digits in HASH_DIGITS:
             key = self._prefix + name_of(
                 job_id=job_id, position=position, sha256=incoming.sha256[:digits], extension=media.extension
             )
@@ -71,6 +74,29 @@ class S3Storage:
                 incoming.hold = False  # the object is stored, the local file is not needed
                 return self._location(key)
         raise StorageTrouble(f"the content of {self._location(key)} does not match its name: move it away")
+
+    def is_same_file(self, location: str, other: str) -> bool:
+        """Return whether both are one object: the same key, in one bucket or in two names of it."""
+        if not location.startswith(SCHEME):
+            return False
+        (bucket, key), (other_bucket, other_key) = _bucket_and_key(location), _bucket_and_key(other)
+        if key != other_key:
+            return False
+        names = (bucket, other_bucket)
+        if names not in self._aliases:
+            self.root = self._location(self._prefix)
+        self._aliases[names] = bucket == other_bucket or self._is_alias(bucket, other_bucket)
+        return self._aliases[names]
+
+    def _is_alias(self, bucket: str, other_bucket: str) -> bool:
+        """Return whether two names are one bucket, as some stores allow. A new object has to be there under both."""
+        key = f"{self._prefix}.fetch-worker-{secrets.token_hex(8)}"
+        with self.client.session(f"compare the buckets {bucket} and {other_bucket}") as client:
+            client.put_object(Bucket=other_bucket, Key=key, Body=b"")
+            try:
+                return self.client.head(bucket, key) is not None
+            finally:
+                client.delete_object(Bucket=other_bucket, Key=key)
 
     def open(self, location: str) -> BinaryIO:
         """Open an object for reading. Closing it ends the transfer. Raises OutputMissing, StorageTrouble.

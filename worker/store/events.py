@@ -1,6 +1,7 @@
 """Webhook events: one for each final state of a job with a `webhook_url`. Deliveries are given up after a day."""
 
-from collections.abc import Collection, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, and_, case, func, insert, not_, or_, select, update
 
 from worker.core.lifecycle import FINAL_STATES
-from worker.core.webhook import body, event_id
+from worker.core.webhook import body, encode_body, event_id
 from worker.store.counters import WEBHOOKS, Tally
 from worker.store.jobs import outputs_of
 from worker.store.schema import events, jobs
@@ -77,6 +78,18 @@ def _event(job: Row[Any], outputs: Sequence[Row[Any]], now: datetime) -> dict[st
         "created_at": now,
         "due_at": now,
     }
+
+
+def update_event_locations(connection: Connection, job_ids: Collection[int], moved: Mapping[str, str]) -> None:
+    """Replace old locations of outputs by new ones in the events of these jobs that are not delivered yet."""
+    undelivered = select(events.c.id, events.c.body).where(events.c.job_id.in_(job_ids), events.c.due_at.is_not(None))
+    for row in connection.execute(undelivered.order_by(events.c.id).with_for_update()).all():
+        document = json.loads(row.body)
+        for output in document["data"]["outputs"]:
+            output["location"] = moved.get(output["location"], output["location"])
+        new_body = encode_body(document)
+        if new_body != row.body:
+            connection.execute(update(events).where(events.c.id == row.id).values(body=new_body))
 
 
 def claim_events(

@@ -409,3 +409,24 @@ actions = Table(
     comment="what operators and apps changed by hand: when, from where, who, and how many jobs",
     sqlite_autoincrement=True,
 )
+
+moved_files = Table(
+    "fetch_moved_files",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("output_id", BigInteger, nullable=False),  # no foreign key: the row stays when the job is pruned
+    Column("job_id", BigInteger, nullable=False),
+    Column("location", Text, nullable=False),
+    comment="old files of outputs that `move-storage` has moved, until they are removed",
+    sqlite_autoincrement=True,
+)
+
+copies = Table(
+    "fetch_copies",
+    metadata,
+    Column("source", String(16), primary_key=True),  # an identifier: `worker.store.database_identity`
+    Column("position", Text, nullable=False),  # JSON object: the last copied id of each table
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("finished_at", UtcDateTime),
+    comment="the database whose rows `copy-database` has copied into this one",
+)

@@ -1,0 +1,153 @@
+"""`move-storage` is killed at random moments and run again: every file and every row is there exactly once."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine
+from sqlalchemy.engine import make_url
+
+from tests.moving import assert_all_at, files_below, objects_in, plant_outputs, write_files
+from tests.s3_servers import S3Server
+from tests.waiting import wait_until
+from worker.client.connection import cached_settings
+from worker.settings import Settings, load
+from worker.store.engine import make_engine
+
+COUNT = 300
+LONG_COUNT = 10_000
+PROGRAM = str(Path(sys.executable).with_name("fetch-worker"))
+
+
+@pytest.fixture
+def sqlite_database(tmp_path: Path, migrated_sqlite: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """An SQLite database. DATABASE_URL names it."""
+    (tmp_path / "test.db").write_bytes(migrated_sqlite.read_bytes())
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/test.db")
+    engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def s3_environment(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """An S3 server. The environment variables lead to it."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3
+
+
+@pytest.fixture
+def use_storage(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Settings]:
+    """Return a function that sets STORAGE_URL and returns the settings."""
+
+    def use(url: str) -> Settings:
+        monkeypatch.setenv("STORAGE_URL", url)
+        cached_settings.cache_clear()
+        return load()
+
+    return use
+
+
+UseStorage = Callable[[str], Settings]
+
+
+def _start() -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [PROGRAM, "move-storage", "--yes", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def _kill_again_and_again(began: Callable[[], object], rng: random.Random, *, kills: int, longest: float) -> Any:
+    """Kill the command at random moments after its first copy, `kills` times. Then let it end; return its report."""
+    killed = 0
+    for _ in range(kills):
+        killed += _killed(_start(), began, rng.uniform(0, longest))
+    process = _start()
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err.decode()
+    assert killed > 0
+    report = json.loads(out)
+    print(f"{killed} kills, then {report['moved']} outputs were left")
+    assert report["problems"] == []
+    return report
+
+
+def _killed(process: "subprocess.Popen[bytes]", began: Callable[[], object], seconds: float) -> bool:
+    """Kill a command some seconds after it began. Return False if it ended before."""
+    wait_until(lambda: process.poll() is not None or began(), "the command has copied a file")
+    time.sleep(seconds)
+    process.kill()
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+def _check_kills_between_folders(
+    engine: Engine, folder: Path, use_storage: UseStorage, count: int, *, longest: float
+) -> None:
+    write_files(folder / "old", plant_outputs(engine, f"file://{folder}/old", count))
+    settings = use_storage(f"file:{folder}/new")
+
+    _kill_again_and_again(lambda: files_below(folder / "new"), random.Random(count), kills=5, longest=longest)
+
+    assert_all_at(engine, settings, f"file://{folder}/new", files_below(folder / "new"), count)
+    assert files_below(folder / "old") == set()
+
+
+def _check_kills_with_s3(
+    engine: Engine, folder: Path, s3: S3Server, use_storage: UseStorage, count: int, *, longest: float
+) -> None:
+    """Move from a folder to a bucket, and back to another folder."""
+    bucket, rng = s3.bucket(), random.Random(count)
+    write_files(folder / "old", plant_outputs(engine, f"file://{folder}/old", count))
+    settings = use_storage(f"s3://{bucket}/out")
+
+    _kill_again_and_again(
+        lambda: s3.client.list_objects_v2(Bucket=bucket, MaxKeys=1).get("Contents"), rng, kills=4, longest=longest
+    )
+
+    assert_all_at(engine, settings, f"s3://{bucket}/out", objects_in(s3, bucket), count)
+    assert files_below(folder / "old") == set()
+    settings = use_storage(f"file:{folder}/new")
+
+    _kill_again_and_again(lambda: files_below(folder / "new"), rng, kills=4, longest=longest)
+
+    assert_all_at(engine, settings, f"file://{folder}/new", files_below(folder / "new"), count)
+    assert objects_in(s3, bucket) == set()
+
+
+def test_given_kills_at_random_moments_when_run_again_then_every_file_and_row_is_there_once(
+    sqlite_database: Engine, tmp_path: Path, use_storage: UseStorage
+) -> None:
+    _check_kills_between_folders(sqlite_database, tmp_path, use_storage, COUNT, longest=0.5)
+
+
+@pytest.mark.server
+def test_given_kills_while_moving_to_s3_and_back_then_every_file_and_row_is_there_once(
+    sqlite_database: Engine, tmp_path: Path, s3_environment: S3Server, use_storage: UseStorage
+) -> None:
+    _check_kills_with_s3(sqlite_database, tmp_path, s3_environment, use_storage, COUNT, longest=2.5)
+
+
+@pytest.mark.long
+@pytest.mark.server
+def test_ten_thousand_outputs_survive_kills_between_folders(
+    database: Engine, tmp_path: Path, use_storage: UseStorage
+) -> None:
+    """On PostgreSQL."""
+    _check_kills_between_folders(database, tmp_path, use_storage, LONG_COUNT, longest=6.0)
+
+
+@pytest.mark.long
+@pytest.mark.server
+def test_ten_thousand_outputs_survive_kills_between_a_folder_and_s3(
+    sqlite_database: Engine, tmp_path: Path, s3_environment: S3Server, use_storage: UseStorage
+) -> None:
+    _check_kills_with_s3(sqlite_database, tmp_path, s3_environment, use_storage, LONG_COUNT, longest=15.0)
