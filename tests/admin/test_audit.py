@@ -44,7 +44,7 @@ def test_the_page_of_a_job_lists_its_actions(operator: Operator, engine: Engine)
 
     text = " ".join(operator.page(f"/jobs/details/?id={job_id}").split())
 
-    assert f"2026-03-01 12:00:00 retry {job_id} 1 cli ann" in text
+    assert f"2026-03-01 12:00:00 UTC retry {job_id} 1 cli ann" in text
     assert " ann " not in operator.page(f"/jobs/details/?id={other}")
 
 

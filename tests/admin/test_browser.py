@@ -17,7 +17,8 @@ from tests import browsers
 from tests.admin_pages import add_stored
 from tests.admin_server import served
 from tests.browsers import Reader
-from tests.rows import NOW, add_job, read_job
+from tests.rows import NOW, add_job, add_process, read_job
+from tests.waiting import wait_until
 from worker.sandbox.pictures import draw
 from worker.store.engine import database_now, make_engine
 from worker.store.schema import breakers, history
@@ -154,3 +155,39 @@ def test_without_a_configured_password_a_new_one_is_printed(engine: Engine, redi
 
     assert address.startswith("http://127.0.0.1:")
     assert re.fullmatch(r"Admin: log in with [\w-]{16} \(set ADMIN_PASSWORD to choose\)\nAdmin: http://\S+/\n", output)
+
+
+def test_the_overview_refreshes_by_itself_and_shows_local_times_in_light_and_dark(
+    chromium: webdriver.Chrome, engine: Engine, redis_url: str, tmp_path: Path
+) -> None:
+    chromium.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": "Asia/Tokyo"})
+    with served(tmp_path, redis_url, ADMIN_PASSWORD=PASSWORD) as (address, _):
+        reader = Reader(chromium, address)
+        reader.open("/")
+        reader.log_in(PASSWORD)
+        quiet = reader.first("main").text
+        with engine.begin() as connection:
+            add_process(connection, name="worker@here", started_at=NOW)
+            add_job(connection, due_at=database_now(connection) - timedelta(minutes=5))
+        wait_until(lambda: "worker@here" in reader.first("main").text, "the page shows the new process")
+        refreshed = reader.first("main").text
+        started = reader.first(".rows time")
+        times = (started.text, started.get_attribute("title"))
+        grounds = {}
+        for scheme in ("light", "dark"):
+            features = [{"name": "prefers-color-scheme", "value": scheme}]
+            chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+            grounds[scheme] = reader.first("body").value_of_css_property("background-color")
+            for width in (1280, 400):
+                size = {"width": width, "height": 860, "deviceScaleFactor": 1, "mobile": width < 800}
+                chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+                chromium.save_screenshot(str(tmp_path / f"overview-{scheme}-{width}.png"))
+        errors = reader.errors()
+
+    assert "No trouble" in quiet
+    assert "No worker process has recorded itself" in quiet
+    assert "1 job due, the oldest for 5 min: a worker process runs, but made no request" in refreshed
+    assert "fetch-worker doctor" in refreshed
+    assert times == ("2026-03-01 21:00:00", "2026-03-01 12:00:00 UTC")
+    assert grounds["light"] != grounds["dark"]
+    assert errors == []
