@@ -10,6 +10,7 @@ from celery.utils.log import get_task_logger
 from worker.app import HINT_EXPIRES_SECONDS, app, settings
 from worker.client import actions
 from worker.client.tracking import track_with_created
+from worker.core.humanize import format_count
 from worker.errors import NotTrackable, SchemaOutdated, Unavailable, WorkerError
 from worker.process.publishing import log_broker_errors
 from worker.process.redelivery import DELIVERIES_MOST, TooManyDeliveries, remote_id_of
@@ -55,7 +56,7 @@ def track(self: Any, remote: Any, **options: Any) -> int:
 @app.task(name="worker.nudge", acks_late=True, throws=(WorkerError,))
 def nudge(remote_id: str | int, account: str | None = None) -> str:
     """Take a hint that a job may be ready: poll it as soon as `POLL_MIN` has passed since its last poll."""
-    return f"{actions.nudge(remote_id, account)} brought forward"
+    return f"{format_count(actions.nudge(remote_id, account), 'job')} brought forward"
 
 
 @app.task(name="worker.cancel", bind=True, throws=(WorkerError,))

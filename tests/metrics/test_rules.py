@@ -9,15 +9,15 @@ import pytest
 
 from tests.metrics.deployed import DASHBOARD, PANELS, QUERIES, nodes, selectors
 from tests.metrics.exposition import Exposition
+from worker.core.answer_names import ANSWER_NAMES
 from worker.core.circuit_breaker import HOLD_CLASSES
-from worker.core.histograms import ANSWER_WORDS
 from worker.operations.troubles import CODES
 from worker.store.reports.stats import STATES
 from worker.store.reports.work_state import NO_KEY
 
 VALUES = {
     "status": set(STATES),
-    "answer": set(ANSWER_WORDS.values()),
+    "answer": {name.metric for name in ANSWER_NAMES.values()},
     "reason": {*HOLD_CLASSES, NO_KEY},
     "scope": {"account", "host"},
     "code": set(CODES),

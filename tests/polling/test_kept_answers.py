@@ -332,7 +332,7 @@ def test_a_job_whose_stored_answer_lists_outputs_starts_downloading(
             recognised=True,
         )
 
-    assert _apply(word_settings)[job_id] == Reread(job_id, True, "downloading", "ready", "ready, 1 outputs")
+    assert _apply(word_settings)[job_id] == Reread(job_id, True, "downloading", "ready", "ready, 1 output")
 
     row = read_job(engine, job_id)
     assert (row.status, row.error_code, row.completed_at, row.due_at, row.held_at) == (
@@ -345,7 +345,7 @@ def test_a_job_whose_stored_answer_lists_outputs_starts_downloading(
     assert (row.claim_token, row.told_at) == (None, None)
     assert row.ready_at is not None
     assert row.last_answer.startswith(
-        f"{row.last_answer.split(' s:')[0]} s: ready, 1 outputs (a kept answer, read again)"
+        f"{row.last_answer.split(' s:')[0]} s: ready, 1 output (a kept answer, read again)"
     )
     assert row.last_answer.endswith("1.0 s: odd")
     with engine.connect() as connection:

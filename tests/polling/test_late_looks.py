@@ -50,7 +50,7 @@ def test_given_an_expired_job_that_became_ready_when_polled_again_then_it_is_sto
     row = read_job(looks.engine, job_id)
     assert (row.status, row.error_code, row.completed_at, row.told_at) == ("downloading", None, None, None)
     assert (row.polls, row.due_at, row.announced_at) == (8, None, None)
-    assert "ready, 1 outputs (after it had expired)" in row.last_answer
+    assert "ready, 1 output (after it had expired)" in row.last_answer
     with looks.engine.connect() as connection:
         [output] = connection.execute(select(outputs)).all()
         [event] = connection.execute(select(events)).all()

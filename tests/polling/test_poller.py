@@ -18,6 +18,18 @@ from worker.store.jobs import nudge
 from worker.store.schema import outputs
 
 
+def test_given_answers_of_several_classes_when_polled_then_the_report_counts_them_in_plain_words(polls: Polls) -> None:
+    waiting, refused = submitted(polls.sandbox, 2)
+    polls.sandbox.script(waiting, scripted(b'{"status": "processing", "output": []}'))
+    polls.sandbox.script(refused, scripted(b'{"status": "error", "message": "Invalid API Key"}'))
+    polls.track(submitted(polls.sandbox, 1))
+    first = polls.poller.poll_once()  # alone, because the key was never used before
+    polls.track([waiting, refused, "424242", *submitted(polls.sandbox, 2)])
+
+    assert str(first) == "asked 1: 1 ready"
+    assert str(polls.poller.poll_once()) == "asked 5: 2 ready, 1 not ready, 1 unknown, 1 account refused"
+
+
 def test_given_ready_jobs_when_polled_then_each_is_polled_once_and_its_outputs_are_queued(polls: Polls) -> None:
     ids = polls.track(submitted(polls.sandbox, 30))
 

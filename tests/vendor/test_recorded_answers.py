@@ -7,9 +7,9 @@ import pytest
 
 from tests.vendor.recorded_fetches import FETCHES, Fetch
 from tests.vendor.recorded_submits import SUBMITS, Submit
+from worker.core.answer_names import ANSWER_NAMES
 from worker.core.identity import READY
 from worker.core.reply import (
-    CLASSES,
     AccountRefused,
     ApiDown,
     ApiError,
@@ -31,7 +31,7 @@ API = AllowedApi("https://modelslab.com/api/v6", VENDOR_HOSTS)
 
 def describe(reply: Reply) -> str:
     """Return a reply in the notation of the tables."""
-    name = CLASSES[type(reply)]
+    name = ANSWER_NAMES[type(reply)].code
     match reply:
         case Ready(outputs):
             proxies = sum(len(link.proxies) for link in outputs)

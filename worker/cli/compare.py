@@ -7,8 +7,8 @@ import click
 from pydantic import SecretStr
 
 from worker.cli.output import json_option, print_json, print_table
+from worker.core.answer_names import ANSWER_NAMES
 from worker.core.identity import FetchAddress, checked_remote_id
-from worker.core.reply import CLASSES
 from worker.errors import NotTrackable, Unavailable
 from worker.polling.api_client import ApiClient
 from worker.sandbox import Sandbox, SandboxOptions
@@ -111,7 +111,7 @@ class _Side:
         address = _address(self.api, remote_id, endpoint)
         status, body = self.client.whole_answer(address, remote_id, self.key if request.right_key else WRONG_KEY)
         question = Question(remote_id, 0.0, is_training(address.base), self.status_words)
-        return CLASSES[type(parse(status, {}, body, question))], shape_of(status, body)
+        return ANSWER_NAMES[type(parse(status, {}, body, question))].code, shape_of(status, body)
 
 
 def _compare(

@@ -9,9 +9,10 @@ from typing import Any
 import click
 
 from worker.cli.output import json_option, print_json
+from worker.core.answer_names import ANSWER_NAMES
 from worker.core.identity import READY
 from worker.core.lifecycle import note_of
-from worker.core.reply import CLASSES, Empty, Link, Processing, RateLimited, Ready, Reply
+from worker.core.reply import Empty, Link, Processing, RateLimited, Ready, Reply
 from worker.errors import ApiRefused, NotTrackable
 from worker.polling.api_client import read_answer
 from worker.settings import Settings, load
@@ -99,7 +100,7 @@ def _headers(lines: Sequence[str]) -> dict[str, str]:
 
 def _fetch_document(reply: Reply) -> Document:
     return _document(
-        CLASSES[type(reply)],
+        ANSWER_NAMES[type(reply)].code,
         getattr(reply, "message", "") or note_of(reply),
         outputs=reply.outputs if isinstance(reply, Ready) else (),
         promised=reply.promised if isinstance(reply, Processing | Empty) else (),

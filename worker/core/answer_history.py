@@ -19,10 +19,10 @@ class AnswerNote:
 def format_note(age: float, note: str) -> str:
     """Return one answer as text, at most MAX_NOTE characters.
 
-    >>> format_note(12.34, "processing")
-    '12.3 s: processing'
+    >>> format_note(12.34, "processing"), format_note(-0.0, "processing")
+    ('12.3 s: processing', '0.0 s: processing')
     """
-    return f"{max(age, 0.0):.1f} s: {note.replace(NOTE_SEPARATOR, ' ')}"[:MAX_NOTE]
+    return f"{max(0.0, age):.1f} s: {note.replace(NOTE_SEPARATOR, ' ')}"[:MAX_NOTE]
 
 
 def parse_history(history: str | None) -> list[AnswerNote]:

@@ -16,22 +16,6 @@ POLLS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0,
 # Seconds of one successful download attempt.
 TRANSFERS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)
 
-# The classes of answers in the counters, and their names for operators.
-ANSWER_WORDS = {
-    "processing": "processing",
-    "ready": "ready",
-    "empty": "empty",
-    "anotherjob": "another_job",
-    "failed": "failed",
-    "unknownid": "unknown_id",
-    "apierror": "api_error",
-    "odd": "odd",
-    "ratelimited": "rate_limited",
-    "accountrefused": "account_refused",
-    "apidown": "unreachable",
-}
-COUNTED_AS = {"unread": "odd"}  # the label in the counters, which is the same in all releases
-
 
 def bucket(value: float, bounds: Sequence[float]) -> str:
     """Return the name of the bucket of a value, which is its upper bound. The bound itself is part of the bucket.

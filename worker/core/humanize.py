@@ -6,10 +6,12 @@ def format_duration(seconds: float) -> str:
 
     >>> format_duration(0.25), format_duration(75.0), format_duration(600.0)
     ('0.2 s', '75 s', '10 min')
+    >>> format_duration(-0.0)
+    '0.0 s'
     >>> format_duration(9_000.0), format_duration(400_000.0)
     ('2.5 h', '4.6 d')
     """
-    seconds = max(seconds, 0.0)
+    seconds = max(0.0, seconds)  # in this order: max(-0.0, 0.0) is -0.0
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     if seconds < 7_200:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Literal, NamedTuple
 
+from worker.core.humanize import format_count
 from worker.core.media.signatures import Media
 from worker.core.reply import (
     AccountRefused,
@@ -217,7 +218,9 @@ def note_of(reply: Reply) -> str:
         case Processing():
             return "processing"
         case Ready(outputs, left_out):
-            return f"ready, {len(outputs)} outputs" + (f", {left_out} more left out" if left_out else "")
+            return f"ready, {format_count(len(outputs), 'output')}" + (
+                f", {left_out} more left out" if left_out else ""
+            )
         case Empty():
             return "success without output"
         case AnotherJob(echoed):
@@ -425,7 +428,8 @@ def _after_dead_link(output: OutputFacts, message: str, *, now: datetime, late: 
     tried = output.dead_attempts + 1
     if tried >= 1 + output.proxies + DEAD_LINK_ATTEMPTS or late:
         return GiveUp(
-            "gone", f"{message}; dead for {(now - since).total_seconds():.0f} s and {output.attempts} attempts"
+            "gone",
+            f"{message}; dead for {(now - since).total_seconds():.0f} s and {format_count(output.attempts, 'attempt')}",
         )
     return TryAgain(0.0 if tried <= output.proxies else 5.0, "gone", message)
 

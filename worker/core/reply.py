@@ -138,18 +138,3 @@ class ApiReply(NamedTuple):
 
     reply: Reply
     raw: RawAnswer | None = None
-
-
-CLASSES: dict[type[Reply], str] = {
-    Processing: "processing",
-    Ready: "ready",
-    Empty: "empty",
-    AnotherJob: "another_job",
-    Failed: "failed",
-    UnknownId: "unknown_id",
-    ApiError: "api_error",
-    Unread: "unread",
-    RateLimited: "rate_limited",
-    AccountRefused: "account_refused",
-    ApiDown: "api_down",
-}

@@ -118,7 +118,7 @@ class AttemptRecorder:
             self._notify([output.job_id])
         if isinstance(result, StoredFile):
             job_end = f", job {output.job_id} {final_status}" if final_status else ""
-            return f"stored {result.size_bytes} bytes{job_end}"
+            return f"stored {result.size_bytes:,} bytes{job_end}"
         verb = "gave up" if isinstance(result, GiveUp) else "again later"
         log.warning(
             "output not stored output=%s code=%s outcome=%s reason=%s", output.id, result.code, verb, result.message

@@ -11,8 +11,9 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from worker import __version__
 from worker.core import queues
+from worker.core.answer_names import ANSWER_NAMES, metric_label
 from worker.core.display import display_text
-from worker.core.histograms import ANSWER_WORDS, DELAYS, MORE, POLLS, TRANSFERS
+from worker.core.histograms import DELAYS, MORE, POLLS, TRANSFERS
 from worker.core.lifecycle import FINAL_STATES
 from worker.metrics.figures import Figures
 from worker.operations.troubles import count_by_code, count_jobs_by_code
@@ -204,10 +205,8 @@ def _finished(counters: Sequence[Total]) -> dict[tuple[str, str, str], int]:
 
 
 def _answers(counters: Sequence[Total], accounts: Iterable[str]) -> dict[tuple[str, str], int]:
-    answers = {
-        (key.account, ANSWER_WORDS.get(key.label, key.label)): times for key, times in _counts(counters, ANSWERS)
-    }
-    return {(account, word): 0 for account in accounts for word in ANSWER_WORDS.values()} | answers
+    answers = {(key.account, metric_label(key.label)): times for key, times in _counts(counters, ANSWERS)}
+    return {(account, name.metric): 0 for account in accounts for name in ANSWER_NAMES.values()} | answers
 
 
 def _left_out(counters: Sequence[Total], accounts: Iterable[str]) -> dict[tuple[str], int]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Row
 
 from worker.client.jobs import wake
+from worker.core.answer_names import ANSWER_NAMES
 from worker.core.lifecycle import (
     ERROR_ANSWERS,
     FAILED_ANSWERS,
@@ -20,7 +21,7 @@ from worker.core.lifecycle import (
     after_answer,
     note_of,
 )
-from worker.core.reply import CLASSES, ApiError, Ready, Reply
+from worker.core.reply import ApiError, Ready, Reply
 from worker.settings import Settings
 from worker.store.audit import CountedAction
 from worker.store.counters import Tally
@@ -118,4 +119,4 @@ def _reread(job: Row[Any], reply: Reply, status: str | None) -> Reread:
     note = note_of(reply)
     if status is None and isinstance(reply, Ready):
         note += ", but the job already has outputs"
-    return Reread(job.id, status is not None, status or job.status, CLASSES[type(reply)], note)
+    return Reread(job.id, status is not None, status or job.status, ANSWER_NAMES[type(reply)].code, note)

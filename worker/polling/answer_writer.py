@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, Engine
 
-from worker.core.histograms import COUNTED_AS
+from worker.core.answer_names import ANSWER_NAMES
 from worker.core.identity import FetchAddress
 from worker.core.reply import ApiDown, Unread
 from worker.polling.api_client import ApiClient
@@ -114,5 +114,4 @@ class AnswerWriter:
 def count_answers(tally: Tally, answers: Sequence[PollAnswer]) -> None:
     """Count answers by account and class."""
     for (account, reply), times in Counter((answer.job.account, type(answer.reply)) for answer in answers).items():
-        label = reply.__name__.lower()
-        tally.add(ANSWERS, COUNTED_AS.get(label, label), account=account, times=times)
+        tally.add(ANSWERS, ANSWER_NAMES[reply].counter, account=account, times=times)

@@ -17,7 +17,8 @@ from sqlalchemy import Engine
 
 from worker.coordination.leases import LeaseKeeper
 from worker.coordination.rate_limiter import RateLimiter
-from worker.core.reply import ApiReply
+from worker.core.answer_names import describe_answers
+from worker.core.reply import ApiReply, Reply
 from worker.polling.answer_rate import AnswerRate
 from worker.polling.api_client import ApiClient
 from worker.polling.breaker_updates import count_accepted
@@ -43,14 +44,11 @@ class PollReport:
 
     asked: int = 0
     lost: int = 0
-    answers: Counter[str] = field(default_factory=Counter)
+    answers: Counter[type[Reply]] = field(default_factory=Counter)
     more: bool = False  # whether the run ended by its time limit, and more is due or in flight
 
     def __str__(self) -> str:
-        if not self.asked:
-            return "nothing due"
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self.answers.most_common())
-        return f"asked {self.asked}: {kinds}"
+        return f"asked {self.asked:,}: {describe_answers(self.answers)}" if self.asked else "nothing due"
 
 
 Progress = Callable[[PollReport, int], object]  # called with the report so far and the number of requests in flight
@@ -253,7 +251,7 @@ class Poller:
 
     def _record(self, answers: Sequence[PollAnswer], report: PollReport) -> None:
         report.asked += len(answers)
-        report.answers.update(type(answer.reply).__name__.lower() for answer in answers)
+        report.answers.update(type(answer.reply) for answer in answers)
         self._rate.count(len(answers))
         self._recorder.take(answers, count_accepted(self._budget, answers))
         if any(answer.probe for answer in answers):

@@ -16,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from worker.app import app, settings
 from worker.core import circuit_breaker as breakers
+from worker.core.answer_names import ANSWER_NAMES
 from worker.core.humanize import format_count
 from worker.core.queues import DOWNLOADS
 from worker.errors import Unavailable
@@ -86,7 +87,7 @@ class ProgressEvents:
         fields: dict[str, object] = {
             "result": f"{report}; {in_flight} in flight",  # the only field that Flower shows
             "asked": report.asked,
-            "answers": dict(report.answers),
+            "answers": {ANSWER_NAMES[reply].code: count for reply, count in report.answers.items()},
             "in_flight": in_flight,
         }
         process_resources().publisher.send("progress", lambda: self._send(fields))
@@ -212,7 +213,7 @@ def run_prune() -> str:
         log.info("pruned jobs=%s outputs=%s files=%s bytes=%s", pruned.jobs, pruned.outputs, pruned.files, pruned.bytes)
     if pruned.kept:
         log.error("files could not be removed, their jobs stay jobs=%s reason=%s", pruned.kept, pruned.reason)
-    return f"{pruned.jobs} jobs pruned"
+    return f"{format_count(pruned.jobs, 'job')} pruned"
 
 
 def _prune_all(resources: ProcessResources, until: float) -> Pruned | None:

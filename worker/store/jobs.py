@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, Select, and_, bindparam, case, func, or_, select, update
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
+from worker.core.humanize import format_count
 from worker.core.identity import FetchAddress
 from worker.core.lifecycle import FINAL_STATES, PRUNED, left_out_note
 from worker.core.pacing.policy import PollPlan
@@ -459,7 +460,7 @@ def finish_job_if_done(connection: Connection, job_id: int, tally: Tally, *, now
         status, message = "failed", "its outputs are missing in the database; `retry` asks for them again"
         values = {"error_code": "no_output", "error_message": message}
     elif total != stored:
-        status, message = "failed", f"{total - stored} of {total} outputs could not be stored"
+        status, message = "failed", f"{total - stored} of {format_count(total, 'output')} could not be stored"
         values = {"error_code": "output_failed", "error_message": message}
     connection.execute(update(jobs).where(jobs.c.id == job_id).values(job_ended(status, now) | values))
     tally.finished(account, kind, status)
