@@ -26,12 +26,13 @@ class Flower:
     process: "subprocess.Popen[bytes]"
     log: Path
 
-    def page(self, path: str, *, post: bool = False) -> str:
+    def page(self, path: str, *, post: bool = False, body: str = "") -> str:
         """Return the body of a page. Raises OSError if there is none."""
         login = base64.b64encode(LOGIN.encode()).decode()
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}",
             headers={"Authorization": f"Basic {login}"},
+            data=body.encode() or None,
             method="POST" if post else "GET",
         )
         with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310  # always http

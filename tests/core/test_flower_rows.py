@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from worker.core.answer_history import NOTE_SEPARATOR
-from worker.core.flower_rows import SHOWN_AFTER_END, FlowerJob, Outputs, job_ids_to_show, task_fields
+from worker.core.flower_rows import (
+    MAX_MESSAGE_LENGTH,
+    SHOWN_AFTER_END,
+    FlowerJob,
+    Outputs,
+    job_ids_to_show,
+    task_fields,
+)
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 JOB = FlowerJob(
@@ -87,11 +94,51 @@ def test_the_task_has_the_times_of_the_job() -> None:
     assert (fields["failed"], fields["revoked"]) == (None, None)
 
 
-def test_long_arguments_are_shortened() -> None:
-    fields = task_fields(replace(JOB, reference="r" * 255, error_code="api_failed"))
+KWARGS = {"id": 7, "remote_id": "12202888", "account": "shop", "kind": "image"}
 
-    assert fields["args"] == "('12202888',)"
-    assert fields["kwargs"] == repr({"id": 7, "account": "shop", "kind": "image", "reference": "r" * 80})
+
+@pytest.mark.parametrize(
+    ("reference", "args", "kwargs"),
+    [
+        (None, ("12202888",), KWARGS),
+        ("order 5", ("12202888", "order 5"), KWARGS | {"reference": "order 5"}),
+        ("r" * 255, ("12202888", "r" * 39 + "…"), KWARGS | {"reference": "r" * 255}),
+    ],
+)
+def test_the_arguments_name_the_job_and_only_the_column_of_the_table_is_shortened(
+    reference: str | None, args: tuple[str, ...], kwargs: dict[str, object]
+) -> None:
+    fields = task_fields(replace(JOB, reference=reference))
+
+    assert (fields["args"], fields["kwargs"]) == (repr(args), repr(kwargs))
+
+
+def test_personal_data_in_messages_is_masked() -> None:
+    polled = task_fields(replace(JOB, **(ASKED | {"last_answer": "9.0 s: unknown id: ask ann@shop.example"})))
+    failed = task_fields(
+        replace(
+            JOB,
+            status="failed",
+            completed_at=after(10),
+            error_code="api_failed",
+            error_message="prompt: my own face, see https://cdn.test/u/ann.png?sig=1",
+        )
+    )
+
+    assert polled["result"] == "polled 2 times: unknown id: ask [e-mail]"
+    assert failed["exception"] == 'api_failed: prompt: "[text]"'
+
+
+def test_an_address_that_was_cut_is_not_shown() -> None:
+    message = f"{'x ' * 145}ann@shop.example"[:MAX_MESSAGE_LENGTH]
+    failed = replace(JOB, status="failed", completed_at=after(10), error_code="api_failed", error_message=message)
+
+    assert "ann@shop" in message
+    assert "ann" not in str(task_fields(failed)["exception"])
+
+
+def test_a_job_that_ended_before_its_submission_by_another_clock_lasted_0_seconds() -> None:
+    assert task_fields(replace(JOB, status="cancelled", completed_at=after(-0.5)))["runtime"] == 0.0
 
 
 def test_all_tasks_have_the_same_attributes() -> None:

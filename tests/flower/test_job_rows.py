@@ -1,5 +1,6 @@
 """Jobs in Flower: correct rows after restarts and errors, and a limited number of them."""
 
+import ast
 import json
 import logging
 import re
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from celery import Celery
@@ -22,7 +24,7 @@ from sqlalchemy.engine import make_url
 from tornado.ioloop import IOLoop
 
 from tests.flowers import flower
-from tests.rows import STORED, add_downloading, add_job, add_output, job_values
+from tests.rows import STORED, add_downloading, add_job, add_output, job_values, read_job
 from tests.servers import celery_worker, free_port
 from worker import cancel, retry, track
 from worker.core.flower_rows import FlowerJob
@@ -269,13 +271,14 @@ def insert_job(engine: Engine, **changes: Any) -> int:
         return add_job(connection, secrets.token_hex(4), **changes)
 
 
+LONG_REFERENCE = f"order 5 für Ann, {'x' * 230}"
 ENDED: dict[str, Any] = {"due_at": None, "completed_at": NOW + timedelta(seconds=30)}
 
 
 def test_given_jobs_in_every_state_when_flower_runs_then_it_shows_each_job(migrated: Engine, tmp_path: Path) -> None:
     with migrated.begin() as connection:
-        add_job(connection, "12202888", reference="order 5")
-        add_job(connection, "r2", polls=3, asked_at=NOW, last_answer="4.0 s: processing")
+        add_job(connection, "12202888", reference=LONG_REFERENCE)
+        add_job(connection, "sha256:7777", polls=3, asked_at=NOW, last_answer="4.0 s: processing")
         add_job(connection, "r3", held_at=NOW)
         job = add_downloading(connection, "r4")
         add_output(connection, job, 0, size_bytes=1_500, **STORED)
@@ -290,7 +293,9 @@ def test_given_jobs_in_every_state_when_flower_runs_then_it_shows_each_job(migra
         shown.until(lambda: len(shown.tasks()) == 8)
         tasks = shown.tasks()
         searched = shown.tasks("search=state:DOWNLOADING")
-        found_by_account = shown.tasks("search=kwargs:id%3D6")
+        searches = ("kwargs:id=6", "kwargs:remote_id=r8", f'kwargs:"reference={LONG_REFERENCE}"')
+        searches += ("12202888", '"für Ann"', "sha256:77")
+        search_results = [set(shown.tasks(f"search={quote(search)}")) for search in searches]
         pages = [shown.page(f"/task/{uuid}") for uuid in tasks]
         types = shown.page("/api/task/types")
         measured = shown.page("/metrics")
@@ -311,11 +316,13 @@ def test_given_jobs_in_every_state_when_flower_runs_then_it_shows_each_job(migra
         "job-8": ("REVOKED", None),
     }
     first = tasks["job-1"]
-    assert (first["args"], first["received"]) == ("('12202888',)", NOW.timestamp())
-    assert first["kwargs"] == "{'id': 1, 'account': 'default', 'kind': 'image', 'reference': 'order 5'}"
+    assert (first["args"], first["received"]) == (f"('12202888', '{LONG_REFERENCE[:39]}…')", NOW.timestamp())
+    assert ast.literal_eval(first["kwargs"]) == {
+        **{"id": 1, "remote_id": "12202888", "account": "default", "kind": "image", "reference": LONG_REFERENCE}
+    }
     assert (tasks["job-5"]["runtime"], tasks["job-6"]["exception"]) == (30.0, "api_failed: no such model")
     assert set(searched) == {"job-4"}
-    assert set(found_by_account) == {"job-6"}
+    assert search_results == [{"job-6"}, {"job-8"}, {"job-1"}, {"job-1"}, {"job-1"}, {"job-2"}]
     assert all("fetch-worker.job" in page for page in pages)
     assert "fetch-worker.job" in types
     assert "fetch-worker.job" not in measured
@@ -400,7 +407,7 @@ def test_given_a_real_worker_when_jobs_run_then_their_rows_follow_and_no_page_ha
     migrated: Engine, sandbox: Callable[[float], Sandbox], tmp_path: Path
 ) -> None:
     with sandbox(0.5) as server, celery_worker(tmp_path), flower(tmp_path) as shown:
-        good = track(server.submit("a forest at dawn", samples=2), eta=0.2, reference="order 5")
+        good = track(server.submit("a forest at dawn", samples=2), eta=0.2, reference=f"order 5 {KEY}")
         submitted = server.submit("a lake", samples=1)
         body = json.dumps({"status": "failed", "message": f"no lake for {KEY}"}).encode()
         server.script(submitted["id"], [Answer(200, {"Content-Type": "application/json"}, body)] * 9)
@@ -411,6 +418,9 @@ def test_given_a_real_worker_when_jobs_run_then_their_rows_follow_and_no_page_ha
         expected = {f"job-{good}": "SUCCESS", f"job-{bad}": "FAILURE", f"job-{unwanted}": "REVOKED"}
         shown.until(lambda: shown.states() == expected)
         tasks = shown.tasks("")
+        polls = read_job(migrated, bad).polls
+        shown.page("/api/task/async-apply/worker.retry", post=True, body=json.dumps({"args": [bad]}))
+        shown.until(lambda: read_job(migrated, bad).polls > polls)
         paths = ["/", "/tasks", "/broker", "/api/tasks", "/metrics", *(f"/task/{uuid}" for uuid in tasks)]
         pages = {path: shown.page(path) for path in paths}
         shown.until(lambda: "celery@" in shown.page("/workers?json=1"))
@@ -449,7 +459,7 @@ def test_given_a_long_poll_run_when_it_continues_then_flower_shows_its_progress(
         page = shown.page(f"/task/{task['uuid']}")
         worker.send_signal(signal.SIGQUIT)  # ends at once: a run may take ten seconds
 
-    assert re.fullmatch(r"asked \d+: \d+ processing; \d+ in flight", task["result"]), task["result"]
+    assert re.fullmatch(r"asked \d+: \d+ not ready; \d+ in flight", task["result"]), task["result"]
     assert task["name"] == "worker.poll"
     assert task["worker"].startswith(f"{pool}@")
     assert "in flight" in page

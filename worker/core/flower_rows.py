@@ -9,6 +9,7 @@ from worker.core.answer_history import parse_history
 from worker.core.display import display_text
 from worker.core.humanize import format_count
 from worker.core.lifecycle import FINAL_STATES
+from worker.core.redaction.masking import mask_personal_data
 
 NAME = "fetch-worker.job"
 PREFIX = "job-"
@@ -21,7 +22,7 @@ STATES: Mapping[str, str] = {
 }
 TIME_FIELD: Mapping[str, str] = {"SUCCESS": "succeeded", "FAILURE": "failed", "REVOKED": "revoked"}
 SHOWN_AFTER_END = timedelta(seconds=60)  # an old job stays visible for this time after its end
-MAX_NOTE_LENGTH, MAX_REFERENCE_LENGTH, MAX_MESSAGE_LENGTH = 80, 80, 300  # characters
+MAX_REFERENCE_LENGTH, MAX_NOTE_LENGTH, MAX_MESSAGE_LENGTH = 40, 80, 300  # characters
 
 
 class Outputs(NamedTuple):
@@ -103,28 +104,44 @@ def task_fields(job: FlowerJob) -> dict[str, object]:
     moments = (job.submitted_at, job.asked_at, job.ready_at, job.completed_at)
     return {
         "state": state,
-        "args": repr((job.remote_id,)),
-        "kwargs": repr(_kwargs(job)),
+        "args": repr(_arguments(job)),
+        "kwargs": repr(_search_terms(job)),
         "sent": None,  # the same time as `received`
         "received": job.submitted_at.timestamp(),
         "started": job.asked_at.timestamp() if is_polled and job.asked_at else None,
         **{name: ended if TIME_FIELD.get(state) == name else None for name in TIME_FIELD.values()},
         "timestamp": max(moment.timestamp() for moment in moments if moment),
-        "runtime": None if job.completed_at is None else (job.completed_at - job.submitted_at).total_seconds(),
+        "runtime": None if ended is None else max(0.0, ended - job.submitted_at.timestamp()),
         "result": display_text(_result(job)) or None,
         "exception": _trouble(job),
     }
 
 
-def _kwargs(job: FlowerJob) -> dict[str, object]:
-    short: dict[str, object] = {"id": job.id, "account": job.account, "kind": job.kind}
-    return short if job.reference is None else short | {"reference": job.reference[:MAX_REFERENCE_LENGTH]}
+def _search_terms(job: FlowerJob) -> dict[str, object]:
+    """Return what operators find the job by. Flower compares whole values, so none is shortened.
+
+    Flower before 2.1 finds the first place of a name in this text: `id` comes before `remote_id`, and free text last.
+    """
+    terms = {"id": job.id, "remote_id": job.remote_id, "account": job.account, "kind": job.kind}
+    return terms if job.reference is None else terms | {"reference": job.reference}
+
+
+def _arguments(job: FlowerJob) -> tuple[str, ...]:
+    """Return what operators know the job by, short enough for a column of the table."""
+    if job.reference is None:
+        return (job.remote_id,)
+    reference = job.reference
+    is_long = len(reference) > MAX_REFERENCE_LENGTH
+    return (job.remote_id, f"{reference[: MAX_REFERENCE_LENGTH - 1]}…" if is_long else reference)
 
 
 def _trouble(job: FlowerJob) -> str | None:
     if job.status not in ("failed", "expired"):
         return None
-    return display_text(f"{job.error_code}: {job.error_message or ''}".rstrip(": ")[:MAX_MESSAGE_LENGTH])
+    message = job.error_message or ""
+    if len(message) >= MAX_MESSAGE_LENGTH:  # it was cut: the last word may be a part of an address
+        message = f"{message.rpartition(' ')[0]} …"
+    return display_text(f"{job.error_code}: {mask_personal_data(message)}".rstrip(": "))
 
 
 def _result(job: FlowerJob) -> str:
@@ -143,4 +160,4 @@ def _polls(job: FlowerJob) -> str:
         return ""
     last = parse_history(job.last_answer)[:1]
     times = "polled once" if job.polls == 1 else f"polled {job.polls:,} times"
-    return f"{times}: {last[0].note[:MAX_NOTE_LENGTH]}" if last else times
+    return f"{times}: {mask_personal_data(last[0].note)[:MAX_NOTE_LENGTH]}" if last else times

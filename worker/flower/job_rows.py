@@ -24,6 +24,7 @@ from worker.errors import WorkerError
 from worker.store.audit import SOURCE_HEADER, WHO_HEADER
 from worker.store.engine import error_name, is_missing_table
 from worker.store.reports.flower_rows import read_flower_jobs
+from worker.system.redaction import shared_scrubber
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,9 @@ class JobRows:
         if task is None:
             task = self._announce(uuid, job)
         # Not by events: they can't leave a final state, nor change a custom state into one of Celery's states.
-        vars(task).update(task_fields(job))
+        remove_keys = shared_scrubber().text
+        fields = task_fields(job).items()
+        vars(task).update({name: remove_keys(value) if isinstance(value, str) else value for name, value in fields})
         self._index("upsert", task)
 
     def _announce(self, uuid: str, job: FlowerJob) -> Any:
