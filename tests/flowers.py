@@ -61,7 +61,7 @@ class Flower:
 @contextmanager
 def flower(folder: Path, **settings: str) -> Iterator[Flower]:
     """Start Flower with the current environment and `settings`, wait until it answers, and kill it at the end."""
-    port, log = free_port(), folder / "flower.log"
+    port, log = int(settings.get("FLOWER_PORT") or free_port()), folder / "flower.log"
     environment = os.environ | {"FLOWER_BASIC_AUTH": LOGIN, "FLOWER_PORT": str(port)} | settings
     command = [sys.executable, "-m", "celery", "-A", "worker.app", "flower"]
     with log.open("wb") as out:

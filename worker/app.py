@@ -6,7 +6,6 @@ retry), only `worker.track` keeps its result, and every message may be lost, lat
 
 import logging
 import os
-import secrets
 import sys
 import traceback
 from datetime import timedelta
@@ -23,7 +22,6 @@ from celery.loaders.app import AppLoader
 from celery.signals import after_setup_logger, after_setup_task_logger, celeryd_init
 from kombu.entity import Exchange, Queue
 
-from worker.configuration.environment import clean, is_service_link, trimmed
 from worker.core.queues import DOWNLOADS, POLLS, QUEUE
 from worker.errors import SettingsError, WorkerError
 from worker.settings import Settings, load
@@ -39,8 +37,6 @@ PRUNE_EVERY_SECONDS = 3_600.0
 HINT_EXPIRES_SECONDS = 10.0
 TRACK_RESULT_SECONDS = 3_600
 UNACKED_SECONDS = 60
-FLOWER_PORT = 5555
-FLOWER_PREFIX = "FLOWER_"
 
 
 class FixedScheduler(Scheduler):  # type: ignore[misc]  # celery has no types
@@ -255,55 +251,12 @@ def _values_of(arguments: list[str], *options: str) -> list[str]:
 
 
 def _configure_flower(settings: Settings, arguments: list[str]) -> None:
-    """Set Flower's defaults: it listens on this machine only, and asks for a password."""
-    os.umask(0o077)  # its files are readable by this user only
-    _clean_flower_variables()
-    if os.environ.get("FLOWER_PERSISTENT", "true").strip().lower() not in ("false", "0", "no", "off"):
-        os.environ.setdefault("FLOWER_DB", str(settings.state / "flower"))
-    has_auth_option = any(argument.startswith(("--basic-auth", "--basic_auth", "--auth")) for argument in arguments)
-    if settings.flower_basic_auth is not None:
-        os.environ["FLOWER_BASIC_AUTH"] = settings.flower_basic_auth.get_secret_value()
-    elif not has_auth_option:
-        password = secrets.token_urlsafe(12)
-        os.environ["FLOWER_BASIC_AUTH"] = f"admin:{password}"
-        print(f"Flower: log in as admin with {password} (set FLOWER_BASIC_AUTH to choose)", file=sys.stderr, flush=True)
-    port = settings.flower_port if settings.flower_port is not None else settings.port
-    os.environ["FLOWER_ADDRESS"] = settings.flower_address
-    os.environ["FLOWER_PORT"] = str(FLOWER_PORT if port is None else port)
-    defaults = {
-        "FLOWER_CONF": os.devnull,  # a flowerconfig.py in the working directory belongs to the web app's own Flower
-        "FLOWER_PERSISTENT": "true",
-        "FLOWER_STATE_SAVE_INTERVAL": "10000",
-        "FLOWER_INSPECT_TIMEOUT": "3000",
-        "FLOWER_NATURAL_TIME": "false",
-        "FLOWER_TASKS_COLUMNS": "name,uuid,args,result,state,received,runtime,worker",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-
-
-def _clean_flower_variables() -> None:
-    """Remove unknown and invalid Flower options from the environment: they would end Flower with a traceback.
-
-    Raises SettingsError if an option can't be read.
-    """
+    """Set Flower's options. If Flower is not installed, Celery's command says so."""
     try:
-        from flower.options import options  # here, since Flower is an extra that only its own process needs
+        from worker.flower.options import configure_flower  # here, since Flower is an extra
     except ImportError:
-        return  # the command reports it
-    for variable in [name for name in os.environ if name.startswith(FLOWER_PREFIX)]:
-        value = os.environ.pop(variable)
-        name = variable.removeprefix(FLOWER_PREFIX).lower()
-        if is_service_link(variable, value) or not trimmed(value) or name not in options:
-            continue
-        option_type = type(options[name])
-        try:
-            os.environ[variable] = clean(value)
-            if option_type in (int, float):
-                option_type(clean(value))
-        except ValueError as error:
-            reason = str(error) if str(error).startswith("has ") else "must be a number"
-            raise SettingsError(f"{variable} {reason}") from None
+        return
+    configure_flower(settings, arguments)
 
 
 def _show_jobs(celery_app: Celery, settings: Settings) -> None:

@@ -293,7 +293,7 @@ def test_given_jobs_in_every_state_when_flower_runs_then_it_shows_each_job(migra
         shown.until(lambda: len(shown.tasks()) == 8)
         tasks = shown.tasks()
         searched = shown.tasks("search=state:DOWNLOADING")
-        searches = ("kwargs:id=6", "kwargs:remote_id=r8", f'kwargs:"reference={LONG_REFERENCE}"')
+        searches: tuple[str, ...] = ("kwargs:id=6", "kwargs:remote_id=r8", f'kwargs:"reference={LONG_REFERENCE}"')
         searches += ("12202888", '"für Ann"', "sha256:77")
         search_results = [set(shown.tasks(f"search={quote(search)}")) for search in searches]
         pages = [shown.page(f"/task/{uuid}") for uuid in tasks]

@@ -81,6 +81,27 @@ def test_without_settings_it_starts_redis_reports_the_missing_key_and_stops_on_a
     assert not (tmp_path / "var" / "redis.sock").exists()
 
 
+def test_given_a_half_set_login_of_flower_when_it_runs_then_only_flower_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "Procfile").write_text(
+        f"{PROCFILE}flower: python -c \"print('flower runs')\" --auth=ann@shop.example\n"
+    )
+    settings = {"FLOWER_OAUTH2_KEY": "client-7", "FLOWER_OAUTH2_SECRET": "secret"}
+
+    with subprocess.Popen(UP, cwd=tmp_path, env=environment(settings), stdout=subprocess.PIPE, text=True) as up:
+        assert up.stdout is not None
+        lines: list[str] = []
+        while not any(line.startswith("downloads") for line in lines):
+            lines.append(up.stdout.readline())
+        up.send_signal(signal.SIGINT)
+        lines += up.stdout.readlines()
+
+    assert up.returncode == 0
+    missing = "FLOWER_AUTH_PROVIDER and FLOWER_OAUTH2_REDIRECT_URI must be set: "
+    assert any(f"flower is not started: {missing}" in line for line in lines), lines
+    assert "flower runs" not in "".join(lines)
+    assert "secret" not in "".join(lines)
+
+
 def test_a_failed_release_stops_it_before_the_other_processes_start(tmp_path: Path) -> None:
     (tmp_path / "Procfile").write_text(PROCFILE.replace("print('migrated')", "raise SystemExit(3)"))
     (tmp_path / ".env").write_text("SD_API_KEY=for-the-worker\n")

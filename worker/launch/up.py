@@ -1,8 +1,9 @@
 """`fetch-worker up`: checks settings and servers, then runs the Procfile's processes until it is stopped."""
 
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,7 +60,7 @@ def up() -> int:
     say = json_writer(sys.stdout) if as_json else text_writer([line.name for line in lines], sys.stdout)
     if not settings.keys:
         say(OWN_NAME, f"no API key: jobs are accepted and held; set {KEY_NAMES[0]} (or {KEY_NAMES[1]}) and start again")
-    programs = [program(line, environment) for line in lines if _settings_allow(settings, line.name, say)]
+    programs = [program(line, environment) for line in lines if _settings_allow(settings, line, environment, say)]
     with Supervisor(folder, say) as supervisor:
         if not settings.redis_url and embedded.claim():
             start_embedded(supervisor, embedded)
@@ -90,14 +91,17 @@ def _runnable(lines: Sequence[Line]) -> list[Line]:
     return runnable
 
 
-def _settings_allow(settings: Settings, name: str, say: Say) -> bool:
+def _settings_allow(settings: Settings, line: Line, environment: Mapping[str, str], say: Say) -> bool:
     """Return whether the settings allow a process to start. If not, only this process is left out."""
-    if name not in PROCESS_SETTINGS:
-        return True
     try:
-        settings.check(name)
-    except SettingsError as error:
-        say(OWN_NAME, f"{name} is not started: {error}")
+        if line.name in PROCESS_SETTINGS:
+            settings.check(line.name)
+        if line.name == "flower":
+            from worker.flower.options import check_flower  # here, since Flower is an extra
+
+            check_flower(environment, shlex.split(line.command))
+    except (SettingsError, ValueError) as error:  # ValueError: a quotation mark is missing in the command
+        say(OWN_NAME, f"{line.name} is not started: {error}")
         return False
     return True
 
