@@ -17,7 +17,8 @@ from tests.rows import add_downloading, add_job, add_output
 from worker.cli import doctor, main
 from worker.coordination.rate_limiter import redis_client
 from worker.operations import health
-from worker.operations.health import Check, Node, check_liveness, run_checks
+from worker.operations.health import Node, run_checks
+from worker.operations.liveness import Check, check_liveness
 from worker.settings import load
 from worker.store.claims import claim_output
 from worker.store.database_identity import database_id

@@ -262,15 +262,13 @@ def _print_acted(rows: Iterable[ActionResult], request: _Request) -> None:
     print_table(columns, [(row.id, row.changed, row.status) for row in rows], empty="")
 
 
-COMMANDS: tuple[click.Command, ...] = (
-    _command("cancel", "Cancel jobs. Their unstored outputs fail; stored files stay."),
-    _command("retry", "Retry failed or expired jobs at once, with a new deadline."),
-    _command("hold", "Stop polling pending jobs until they are resumed. A held job does not expire.", BREAKER_RULES),
-    _command(
-        "resume",
-        "Continue jobs at once.\n\n"
-        "    Named jobs continue whatever blocks them. A filter selects held jobs, or with --output-code the jobs\n"
-        "    with failing downloads. An account or host continues whatever holds it.",
-        BREAKER_RULES,
-    ),
+cancel = _command("cancel", "Cancel jobs. Their unstored outputs fail; stored files stay.")
+retry = _command("retry", "Retry failed or expired jobs at once, with a new deadline.")
+hold = _command("hold", "Stop polling pending jobs until they are resumed. A held job does not expire.", BREAKER_RULES)
+resume = _command(
+    "resume",
+    "Continue jobs at once.\n\n"
+    "    Named jobs continue whatever blocks them. A filter selects held jobs, or with --output-code the jobs\n"
+    "    with failing downloads. An account or host continues whatever holds it.",
+    BREAKER_RULES,
 )

@@ -6,35 +6,49 @@ import os
 import click
 
 from worker import __version__
-from worker.cli import change_jobs
-from worker.cli.compare import compare_api
-from worker.cli.docs import docs
-from worker.cli.doctor import doctor
-from worker.cli.list_jobs import list_jobs
-from worker.cli.metrics import metrics
-from worker.cli.migrate import migrate
-from worker.cli.move_storage import move_storage
-from worker.cli.parse import parse
-from worker.cli.prune import prune
-from worker.cli.run import admin, demo, sandbox, up
-from worker.cli.show import show
-from worker.cli.simulate import simulate_command
-from worker.cli.status import status
-from worker.cli.top import top
-from worker.cli.track import track
-from worker.cli.unread import unread
-from worker.cli.verify import verify
+from worker.cli.lazy_group import LazyCommand, LazyGroup
 from worker.core.display import display_lines
 from worker.errors import SettingsError, WorkerError
-from worker.store.audit import acting
 from worker.system.own_package import advice, other_worker, python_path
 from worker.system.terminal import echo
-from worker.system.who import user_name
+from worker.system.who import acting, user_name
 
 ANYWHERE = ("doctor", "demo", "sandbox", "docs")  # these import no `worker` from the working directory
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+COMMANDS = {
+    "admin": LazyCommand("worker.cli.admin:admin", "Serve the admin page for operators."),
+    "cancel": LazyCommand("worker.cli.change_jobs:cancel", "Cancel jobs."),
+    "compare-api": LazyCommand("worker.cli.compare:compare_api", "Compare answers of the API and of the stand-in."),
+    "demo": LazyCommand("worker.cli.demo:demo", "Run a demo: from prompts to stored pictures."),
+    "docs": LazyCommand("worker.cli.docs:docs", "List the topics of the manual, or print the page of TOPIC."),
+    "doctor": LazyCommand("worker.cli.doctor:doctor", "Check everything that the worker depends on."),
+    "hold": LazyCommand("worker.cli.change_jobs:hold", "Stop polling pending jobs until they are resumed."),
+    "list": LazyCommand("worker.cli.list_jobs:list_jobs", "List jobs, newest first."),
+    "metrics": LazyCommand("worker.cli.metrics:metrics", "Print or serve Prometheus metrics."),
+    "migrate": LazyCommand("worker.cli.migrate:migrate", "Create the tables, or migrate them to this version."),
+    "move-storage": LazyCommand(
+        "worker.cli.move_storage:move_storage", "Move stored outputs to the storage that STORAGE_URL names now."
+    ),
+    "parse": LazyCommand("worker.cli.parse:parse", "Show how the worker reads an answer of the API."),
+    "prune": LazyCommand("worker.cli.prune:prune", "Remove finished jobs of a minimum age."),
+    "resume": LazyCommand("worker.cli.change_jobs:resume", "Continue jobs at once."),
+    "retry": LazyCommand("worker.cli.change_jobs:retry", "Retry failed or expired jobs at once, with a new deadline."),
+    "sandbox": LazyCommand("worker.cli.sandbox:sandbox", "Run only the stand-in of the API."),
+    "show": LazyCommand("worker.cli.show:show", "Show jobs, explain their state, and say what to do."),
+    "simulate": LazyCommand("worker.cli.simulate:simulate_command", "Simulate polls and delays of a trace of jobs."),
+    "status": LazyCommand("worker.cli.status:status", "Show jobs by state, accounts, holds and late work."),
+    "top": LazyCommand("worker.cli.top:top", "Watch rates, holds, late work, downloads and problems live."),
+    "track": LazyCommand("worker.cli.track:track", "Track jobs by remote id or by submit answer (JSON)."),
+    "unread": LazyCommand("worker.cli.unread:unread", "List answers that no rule recognises, by shape."),
+    "up": LazyCommand("worker.cli.up:up", "Run the processes of the Procfile until Ctrl-C."),
+    "verify": LazyCommand("worker.cli.verify:verify", "Check the stored files of all jobs or of some jobs."),
+}  # a test compares the sentences with the help of the commands
+
+
+@click.group(
+    cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="fetch-worker")
 @click.pass_context
 def group(context: click.Context) -> None:
@@ -42,14 +56,6 @@ def group(context: click.Context) -> None:
     shadowing_module = other_worker(python_path(os.environ.get("PYTHONPATH", "")))
     if shadowing_module is not None and context.invoked_subcommand not in ANYWHERE:
         raise SettingsError(advice(shadowing_module))
-
-
-COMMANDS = (
-    migrate, demo, up, sandbox, admin, track, verify, compare_api, *change_jobs.COMMANDS, list_jobs, show, status,
-    doctor, top, unread, metrics, parse, prune, move_storage, simulate_command, docs,
-)  # fmt: skip
-for _command in COMMANDS:
-    group.add_command(_command)
 
 
 def run_command(arguments: list[str]) -> int:

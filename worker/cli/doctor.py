@@ -1,14 +1,18 @@
 """The command `doctor`: health checks."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
 from worker.cli.output import json_option, print_json, print_table
 from worker.core.queues import DOWNLOADS, POLLS, QUEUE
-from worker.operations.health import Node, check_liveness, run_checks
-from worker.settings import load
+from worker.operations.liveness import Check, check_liveness
+from worker.settings import Settings, load
+
+if TYPE_CHECKING:
+    from worker.operations.health import Node
 
 NODES_SECONDS = 1.5
 QUEUES = {
@@ -27,7 +31,7 @@ def doctor(liveness: bool, as_json: bool) -> int:
     Each failed check says what to do. Exit code 1 if a check fails.
     """
     settings = load()
-    checks = [check_liveness(settings)] if liveness else list(run_checks(settings, _nodes, queues=QUEUES))
+    checks = [check_liveness(settings)] if liveness else list(_checks(settings))
     if as_json:
         print_json({"checks": [asdict(check) for check in checks]})
     else:
@@ -35,7 +39,13 @@ def doctor(liveness: bool, as_json: bool) -> int:
     return 0 if all(check.ok for check in checks) else 1
 
 
-def _nodes() -> Mapping[str, Node]:
+def _checks(settings: Settings) -> Iterator[Check]:
+    from worker.operations.health import run_checks  # imports kombu, which `--liveness` does not need
+
+    return run_checks(settings, _nodes, queues=QUEUES)
+
+
+def _nodes() -> "Mapping[str, Node]":
     from worker.app import app  # imports all of Celery; does not connect yet
     from worker.process.other_workers import ask_nodes
 

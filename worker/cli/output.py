@@ -4,16 +4,17 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
-from rich.text import Text
-from sqlalchemy import Row
 
 from worker.client.jobs import Output
 from worker.core.display import display_json
 from worker.system.terminal import cell, echo, make_console
+
+if TYPE_CHECKING:
+    from rich.text import Text
+    from sqlalchemy import Row
 
 JOB_COLUMNS = (
     *("id", "account", "remote_id", "kind", "status", "reference", "polls", "eta", "priority", "submitted_at"),
@@ -36,7 +37,7 @@ COLOURS = {
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
 
 
-def plain(row: Row[Any], columns: Sequence[str]) -> dict[str, Any]:
+def plain(row: "Row[Any]", columns: Sequence[str]) -> dict[str, Any]:
     """Return columns of a row as JSON values. Times are ISO 8601 with Z."""
     return {name: moment(value) if isinstance(value := row._mapping[name], datetime) else value for name in columns}
 
@@ -53,6 +54,8 @@ def print_json(document: object) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
     """Print a table, or the line `empty` if there are no rows."""
+    from rich.table import Table  # only here: documents and messages need no rich
+
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -68,6 +71,8 @@ def print_records(columns: Sequence[str], records: Iterable[Mapping[str, object]
 
 def print_fields(values: Mapping[str, object]) -> None:
     """Print names and values, one per line. Names without a value are left out."""
+    from rich.table import Table
+
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -77,7 +82,7 @@ def print_fields(values: Mapping[str, object]) -> None:
     make_console().print(table)
 
 
-def _cell(value: object) -> Text:
+def _cell(value: object) -> "Text":
     if value is None:
         return cell("")
     text = f"{value:%Y-%m-%d %H:%M:%S}" if isinstance(value, datetime) else str(value)

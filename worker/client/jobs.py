@@ -5,13 +5,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sqlalchemy import Row
 
 from worker.client import pace_models
 from worker.client.connection import cached_settings, transaction
-from worker.coordination.wakeups import WakeUps
 from worker.core.identity import SYNTHETIC_ID, checked_remote_id
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.pacing.estimate import Progress, progress
@@ -23,6 +22,9 @@ from worker.store import jobs as store
 from worker.store.engine import database_now
 from worker.store.outputs import output_row
 from worker.system.locked_cache import locked_cache
+
+if TYPE_CHECKING:
+    from worker.coordination.wakeups import WakeUps
 
 WAIT_POLL_SECONDS = 0.5  # the time between two reads of a job in `wait`
 
@@ -208,7 +210,9 @@ def _clear_caches() -> None:
 
 
 @locked_cache
-def _wake_ups(redis_url: str) -> WakeUps:
+def _wake_ups(redis_url: str) -> "WakeUps":
+    from worker.coordination.wakeups import WakeUps  # only here: redis is slow to import, and reading needs none
+
     return WakeUps(redis_url)
 
 

@@ -23,6 +23,7 @@ class SettingsGroup(BaseSettings):
         frozen=True,
         hide_input_in_errors=True,
         arbitrary_types_allowed=True,
+        defer_build=True,  # the groups alone are never validated, so only `Settings` needs a validator
         ignored_types=(locked_property,),
     )
 

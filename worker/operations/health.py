@@ -17,9 +17,9 @@ from redis.exceptions import RedisError, ResponseError
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker.coordination.rate_limiter import redis_client
-from worker.core.humanize import format_duration
 from worker.core.on_done_name import task_and_queue
 from worker.errors import SettingsError, StorageTrouble, WorkerError
+from worker.operations.liveness import Check
 from worker.operations.overview import overview
 from worker.settings import Settings
 from worker.storage.select import storage_for
@@ -27,7 +27,6 @@ from worker.store.database_identity import database_id
 from worker.store.engine import check_schema, database_now, engine_for, is_writable, shown_url, translate_errors
 from worker.store.on_done import recent_on_done
 from worker.store.reports.server_state import HISTORY_MOST, ServerState, server_state
-from worker.store.reports.work_state import WorkState, read_work_state
 from worker.system.own_package import OWN_PACKAGE, advice, other_worker, python_path
 from worker.system.process_identity import host_name
 
@@ -85,15 +84,6 @@ class Node:
 Nodes = Callable[[], Mapping[str, Node]]
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """The result of one check. `message` says what was found and, if it is not ok, what to do."""
-
-    name: str
-    ok: bool
-    message: str
-
-
 def run_checks(settings: Settings, nodes: Nodes, *, queues: Mapping[str, str]) -> Iterator[Check]:
     """Run all checks. None of them raises. `queues` maps each queue's name to its purpose."""
     yield _names()
@@ -108,15 +98,6 @@ def run_checks(settings: Settings, nodes: Nodes, *, queues: Mapping[str, str]) -
         yield _broker(settings)
     yield from _processes(settings, nodes, queues)
     yield from _storage(settings)
-
-
-def check_liveness(settings: Settings) -> Check:
-    """Check that due work is done: nothing is due for long, or requests were made recently. For container probes."""
-    try:
-        with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
-            return _work(read_work_state(connection, settings.rps))
-    except WorkerError as error:
-        return Check("work", False, str(error))
 
 
 def _settings(settings: Settings) -> Iterator[Check]:
@@ -238,13 +219,6 @@ def _transactions(state: ServerState) -> Check:
         "own, but `track(session=…)` runs in the app's transaction; after a conflict, run that transaction again"
     )
     return Check("transactions", True, message)
-
-
-def _work(work: WorkState) -> Check:
-    oldest = format_duration(work.oldest_due_seconds)
-    if work.healthy:
-        return Check("work", True, f"the oldest due work waits for {oldest}")
-    return Check("work", False, f"work is due for {oldest} and no process does it: start a `worker` process")
 
 
 def _redis(settings: Settings) -> Check:

@@ -1,44 +1,19 @@
 """The audit trail: what operators and apps changed by hand, where from, and who."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Any
 
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from worker.store.schema import actions
-from worker.system.who import program_name
-
-Source = Literal["cli", "page", "flower", "python", "task"]
+from worker.system.who import acting as acting
+from worker.system.who import current_actor
 
 KEEP = timedelta(days=365)  # after which an action is removed
 FORGET_BATCH = 1_000  # actions per transaction
 MAX_SELECTION = 10_000  # characters; a command line may be longer than a column of MariaDB
 SOURCE_HEADER, WHO_HEADER = "fetch_worker_source", "fetch_worker_who"  # of Celery messages that Flower sends
-
-
-@dataclass(frozen=True, slots=True)
-class Actor:
-    """Where an action comes from, and who caused it: a user of the page, or of the operating system."""
-
-    source: Source
-    who: str
-
-
-_actor: ContextVar[Actor | None] = ContextVar("actor", default=None)
-
-
-@contextmanager
-def acting(source: Source, who: str) -> Iterator[None]:
-    """Name the actor of the actions in this `with` block. Outside of one, the actor is the Python program."""
-    token = _actor.set(Actor(source, who))
-    try:
-        yield
-    finally:
-        _actor.reset(token)
 
 
 def record_action(
@@ -49,7 +24,7 @@ def record_action(
     `selection` says which jobs, as options of the command line. `jobs` is the number of jobs that changed. `job_id` is
     set if the action named one job.
     """
-    actor = _actor.get() or Actor("python", program_name())
+    actor = current_actor()
     values = {
         "at": now,
         "source": actor.source,

@@ -6,7 +6,7 @@ family, add a row; no other change is needed.
 """
 
 import re
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal, NamedTuple
 
 FetchStyle = Literal["path", "request_id", "chat_id", "get"]
@@ -96,7 +96,12 @@ def _order_pattern(order: str) -> str:
 _FETCH = re.compile(
     r"/(?P<fetch>v[0-9]{1,3}(?:/[A-Za-z0-9_-]{1,100})*?/fetch)(?:/[A-Za-z0-9_.-]{1,100})?", re.IGNORECASE
 )
-_ORDERS = tuple(re.compile(_order_pattern(family.order), re.IGNORECASE) for family in FAMILIES)
+
+
+@cache
+def _order_patterns() -> tuple[re.Pattern[str], ...]:
+    """Return the compiled order paths of all families. Most processes and commands never need them."""
+    return tuple(re.compile(_order_pattern(family.order), re.IGNORECASE) for family in FAMILIES)
 
 
 @lru_cache(maxsize=256)
@@ -116,7 +121,7 @@ def family_of_order(path: str) -> ApiFamily | None:
         fetch = match["fetch"].lower()
         rows = [row for row in FAMILIES if row.fetch == fetch] or [ApiFamily(path, fetch, "path", "any")]
         return rows[0] if len({row.media for row in rows}) == 1 else rows[0]._replace(media="any")
-    for pattern, family in zip(_ORDERS, FAMILIES, strict=True):
+    for pattern, family in zip(_order_patterns(), FAMILIES, strict=True):
         match = pattern.fullmatch(f"/{path}")
         if match is not None:
             names = match.groupdict()

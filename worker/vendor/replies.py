@@ -53,9 +53,6 @@ WAITING = frozenset(
     }
 )
 FAILED_WORDS = frozenset({"failed", "failure"})
-MAPPABLE_STATUSES = frozenset(
-    {"success", "processing", "failed", "error"}
-)  # the statuses to which SD_API_STATUS_WORDS may map a word
 
 _OF_A_JOB = ("id", "request_id", "output", "links", "future_links", "fetch_result", "eta", "meta", "execution")
 _REDIRECT = "the API redirects. Redirects are not followed, to protect the API key. Check SD_API_URL"

@@ -3,8 +3,8 @@
 import json
 
 from worker.core.plain_text import plain_text
-from worker.vendor.replies import MAPPABLE_STATUSES
 
+MAPPABLE_STATUSES = frozenset({"success", "processing", "failed", "error"})  # the possible meanings of a word
 MAX_WORD = 100  # characters of a status that are compared
 MAX_WORDS = 1_000
 EXAMPLE = '{"done": "success"}'
