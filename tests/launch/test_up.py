@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from worker.launch.procfile import own_procfile
-from worker.launch.up import procfile, text_writer
+from worker.launch.up import procfile
 from worker.settings import Settings
 
 pytestmark = [pytest.mark.every_python, pytest.mark.usefixtures("interruptible")]
@@ -113,15 +113,6 @@ def test_a_failed_release_stops_it_before_the_other_processes_start(tmp_path: Pa
     assert result.returncode == 1
     assert "release ended with exit code 3" in result.stdout
     assert "for-the-worker" not in result.stdout
-
-
-def test_lines_are_prefixed_with_the_name_of_their_process(capsys: pytest.CaptureFixture[str]) -> None:
-    say = text_writer(["worker", "downloads"], sys.stdout)
-
-    say("worker", "one")
-    say("up", "two")
-
-    assert capsys.readouterr().out == "worker    | one\nup        | two\n"
 
 
 @pytest.mark.parametrize(

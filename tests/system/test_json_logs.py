@@ -19,7 +19,7 @@ from sqlalchemy.engine import make_url
 from tests.servers import celery_worker, free_port
 from tests.waiting import wait_until
 from worker import track
-from worker.launch.up import json_writer
+from worker.launch.output import json_writer
 from worker.settings import load
 from worker.store.engine import make_engine
 from worker.store.migrate import migrate

@@ -14,11 +14,11 @@ import waitress
 from worker.admin.access import AccessControl
 from worker.admin.site import make_site
 from worker.configuration.admin_url import AdminUrl
+from worker.configuration.monitoring_settings import ADMIN_PORT
 from worker.errors import Unavailable
 from worker.settings import Settings
 from worker.store.engine import check_schema, engine_for
 
-PORT = 5556
 THREADS = 8
 SECONDS_PER_REQUEST = 60
 
@@ -34,7 +34,7 @@ class ListenAddress:
 def listen_address_of(settings: Settings, address: str | None, port: int | None) -> ListenAddress:
     """Return the address of the command line, or of the settings, or 127.0.0.1:5556."""
     chosen_port = settings.admin_port if port is None else port
-    return ListenAddress(address or settings.admin_address, PORT if chosen_port is None else chosen_port)
+    return ListenAddress(address or settings.admin_address, ADMIN_PORT if chosen_port is None else chosen_port)
 
 
 def serve(settings: Settings, listen_address: ListenAddress) -> None:

@@ -7,6 +7,8 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationInfo, field_va
 from worker.configuration.admin_url import AdminUrl, parse_admin_url
 from worker.configuration.setting_types import Port, SettingsGroup, items, readable_by
 
+ADMIN_PORT = 5556  # if ADMIN_PORT is not set
+
 
 def _log_format(value: object) -> str:
     word = str(value).lower()
@@ -46,6 +48,14 @@ class MonitoringSettings(SettingsGroup):
     def admin_page(self) -> AdminUrl | None:
         """The address of the admin page behind a proxy, or None."""
         return None if self.admin_url is None else parse_admin_url(self.admin_url)
+
+    @property
+    def page_url(self) -> str:
+        """The address of the admin page, for people: ADMIN_URL, or where `admin` listens."""
+        if self.admin_url is not None:
+            return self.admin_url
+        host = f"[{self.admin_address}]" if ":" in self.admin_address else self.admin_address
+        return f"http://{host}:{ADMIN_PORT if self.admin_port is None else self.admin_port}/"
 
     def json_logs(self, stream: TextIO) -> bool:
         """Return whether logs on this stream are JSON. By default they are unless the stream is a terminal."""

@@ -80,6 +80,11 @@ class Supervisor:
                 for process in self._processes:
                     process.kill()
 
+    @property
+    def stopping(self) -> bool:
+        """Whether the programs are asked to end."""
+        return self._stop_by is not None or self.stop_signals > 0
+
     def start(self, program: Program) -> None:
         """Start a program and keep it running."""
         heartbeat = self._new_heartbeat(program) if program.watched else None

@@ -1,13 +1,10 @@
 """`fetch-worker up`: checks settings and servers, then runs the Procfile's processes until it is stopped."""
 
-import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TextIO
 
 from kombu.connection import Connection
 from kombu.utils.url import maybe_sanitize_url
@@ -15,29 +12,31 @@ from redis.exceptions import RedisError
 
 from worker.configuration.server_settings import EMBEDDED_SOCKET
 from worker.coordination.rate_limiter import redis_client
-from worker.core.display import display_json, display_text
 from worker.errors import SettingsError, Unavailable
-from worker.launch.embedded_redis import EMBEDDED_NAME, EmbeddedRedis, start_embedded
-from worker.launch.procfile import RELEASE, Line, merged_environment, own_procfile, program, read_procfile
+from worker.launch.embedded_redis import EmbeddedRedis, start_embedded
+from worker.launch.output import QuietWriter, ReadyLine, json_writer, text_writer
+from worker.launch.procfile import RELEASE, Line, Program, merged_environment, own_procfile, program, read_procfile
 from worker.launch.supervised_process import OWN_NAME, Say
 from worker.launch.supervisor import Supervisor
 from worker.settings import KEY_NAMES, PROCESS_SETTINGS, Settings, dotenv_file, load
-from worker.store.engine import make_engine, translate_errors
-from worker.system.json_logs import LINE_START, plain_line
+from worker.store.engine import make_engine, shown_url, translate_errors
 from worker.system.own_package import advice, other_worker, python_path
 
 SERVER_SECONDS = 5.0
+READY_SECONDS = 30.0  # a process that takes longer to start is named
+READY_CHECK_SECONDS = 1.0
+QUIET_NOTE = "; from now on only warnings, errors and changes of state are shown (--verbose: all lines)"
+MAX_ACCOUNTS = 10  # named at the start
 EXIT_FAILED = 1
 OUR_APP = "worker.app"
 OUR_NAMES = frozenset({RELEASE, "worker", "downloads", "beat", "flower"})
 
-_COLOURS = (36, 33, 32, 35, 34, 31, 96, 93, 92, 95)
 
-
-def up() -> int:
+def up(*, verbose: bool = False) -> int:
     """Run `up` and return its exit code: 0 after a stop signal, 1 if a server or migration fails, 2 for wrong settings.
 
-    Raises SettingsError and Unavailable before any process is started.
+    On a terminal only the lines that matter are shown, unless `verbose`. Raises SettingsError and Unavailable before
+    any process is started.
     """
     settings = load()
     folder = Path.cwd()
@@ -56,23 +55,53 @@ def up() -> int:
         check_broker(settings.broker)
 
     as_json = settings.json_logs(sys.stdout)
-    environment["LOG_FORMAT"] = "json" if as_json else "text"
-    say = json_writer(sys.stdout) if as_json else text_writer([line.name for line in lines], sys.stdout)
+    quiet = not verbose and not as_json and sys.stdout.isatty() and sys.stderr.isatty()  # else a log collector reads it
+    environment["LOG_FORMAT"] = "json" if as_json or quiet else "text"
+    write = json_writer(sys.stdout) if as_json else text_writer([line.name for line in lines], sys.stdout)
     if not settings.keys:
-        say(OWN_NAME, f"no API key: jobs are accepted and held; set {KEY_NAMES[0]} (or {KEY_NAMES[1]}) and start again")
-    programs = [program(line, environment) for line in lines if _settings_allow(settings, line, environment, say)]
-    with Supervisor(folder, say) as supervisor:
+        setting = f"{KEY_NAMES[0]} (or {KEY_NAMES[1]})"
+        write(OWN_NAME, f"no API key: jobs are accepted and held; set {setting} and start again")
+    programs = [program(line, environment) for line in lines if _settings_allow(settings, line, environment, write)]
+    if quiet:
+        for text in _introduction(settings, programs):
+            write(OWN_NAME, text)
+    ready = ReadyLine(
+        QuietWriter(write) if quiet else write,
+        [process.name for process in programs if process.name != RELEASE],
+        note=QUIET_NOTE if quiet else "",
+    )
+    with Supervisor(folder, ready) as supervisor:
         if not settings.redis_url and embedded.claim():
             start_embedded(supervisor, embedded)
-        for release in (process for process in programs if process.name == RELEASE):
-            code = supervisor.run_once(release)
-            if code:
-                say(OWN_NAME, f"{RELEASE} ended with exit code {code}: nothing else is started")
-                return code if code == 2 else EXIT_FAILED
-        for process in programs:
-            if process.name != RELEASE and not supervisor.stop_signals:
-                supervisor.start(process)
-        return supervisor.run()
+        return _run(supervisor, programs, ready)
+
+
+def _run(supervisor: Supervisor, programs: Sequence[Program], ready: ReadyLine) -> int:
+    """Run the release, then all other programs until a stop. Return the exit code."""
+    for release in (process for process in programs if process.name == RELEASE):
+        code = supervisor.run_once(release)
+        if code:
+            ready(OWN_NAME, f"{RELEASE} ended with exit code {code}: nothing else is started")
+            return code if code == 2 else EXIT_FAILED
+    for process in programs:
+        if process.name != RELEASE and not supervisor.stop_signals:
+            supervisor.start(process)
+    supervisor.wait_until(lambda: supervisor.stopping or not ready.waiting, READY_SECONDS, READY_CHECK_SECONDS)
+    if ready.waiting and not supervisor.stopping:
+        ready(OWN_NAME, f"not reported as ready after {READY_SECONDS:g} s: {', '.join(sorted(ready.waiting))}")
+    return supervisor.run()
+
+
+def _introduction(settings: Settings, programs: Sequence[Program]) -> Iterator[str]:
+    """Yield what is started, for whom, and where to look at it."""
+    names = [process.name for process in programs if process.name != RELEASE]
+    names += [] if settings.redis_url else ["an embedded Redis"]
+    yield f"starts {', '.join(names)} on {shown_url(settings.database)}"
+    if settings.keys:
+        accounts = sorted(settings.keys)
+        more = f" and {len(accounts) - MAX_ACCOUNTS} more" if len(accounts) > MAX_ACCOUNTS else ""
+        yield f"accounts with a key: {', '.join(accounts[:MAX_ACCOUNTS])}{more}"
+    yield f"`fetch-worker admin` serves the page for operators at {settings.page_url}"
 
 
 def procfile(folder: Path) -> Path:
@@ -145,36 +174,3 @@ def check_broker(url: str) -> None:
 def _unreachable(server: str, url: str, error: Exception, variable: str) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return f"{server} at {maybe_sanitize_url(url)} does not answer ({reason}); check {variable} and the server"
-
-
-# ── output ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def text_writer(names: Sequence[str], stream: TextIO) -> Say:
-    """Return a function that writes lines prefixed with the process name, coloured on a terminal."""
-    all_names = [OWN_NAME, EMBEDDED_NAME, *names]
-    width = max(len(name) for name in all_names)
-    coloured = stream.isatty() and not os.environ.get("NO_COLOR")
-    prefixes: dict[str, str] = {}
-    for number, name in enumerate(all_names):
-        label = f"{name:<{width}} |"
-        prefixes[name] = f"\x1b[{_COLOURS[number % len(_COLOURS)]}m{label}\x1b[0m " if coloured else f"{label} "
-
-    def say(name: str, text: str) -> None:
-        with suppress(OSError):  # the reader has gone; keep working
-            stream.write(f"{prefixes[name]}{display_text(text)}\n")
-            stream.flush()
-
-    return say
-
-
-def json_writer(stream: TextIO) -> Say:
-    """Return a function that writes each line as JSON. Lines that are JSON already are written unchanged."""
-
-    def say(name: str, text: str) -> None:
-        line = display_json(text) if text.startswith(LINE_START) else plain_line(name, text)
-        with suppress(OSError):  # the reader has gone; keep working
-            stream.write(f"{line}\n")
-            stream.flush()
-
-    return say
