@@ -52,7 +52,7 @@ def database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     engine = make_engine(make_url(f"sqlite:///{tmp_path}/jobs.db"))
     migrate(engine)
     with engine.begin() as connection:
-        add_waiting_job(connection, "12202888")
+        add_waiting_job(connection, "12202888", due=60.0)
     engine.dispose()
 
 
