@@ -26,6 +26,7 @@ from worker.core.queues import DOWNLOADS, POLLS, QUEUE
 from worker.errors import SettingsError, WorkerError
 from worker.settings import Settings, load
 from worker.store.engine import engine_for
+from worker.system.idle_lines import leave_out_idle_lines
 from worker.system.json_logs import JsonFormatter
 from worker.system.kombu_patch import apply_patch
 from worker.system.redaction import RedactingFilter, shared_scrubber
@@ -312,5 +313,7 @@ if settings.broker.startswith(("redis", "rediss")):
     apply_patch()
 app = make_app(settings)
 _configure_logs(settings, app, sys.argv)
+if _command:
+    leave_out_idle_lines()
 if "flower" in _command:
     _show_jobs(app, settings)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from urllib.parse import urlsplit
 
 from sqlalchemy import Connection, Engine
 
@@ -18,6 +17,7 @@ from worker.core.lifecycle import Attempt, BadBody, StoredFile, TransferTrouble,
 from worker.core.media.signatures import Media
 from worker.core.media.text import promised_text
 from worker.downloads.content import check_content
+from worker.downloads.failure_log import host_of
 from worker.downloads.options import DownloadOptions
 from worker.downloads.progress import ReceivedBytes
 from worker.downloads.recorder import AttemptRecorder
@@ -91,7 +91,7 @@ class Downloader:
                 output = self._claim(output_id, token)
             if output is None:
                 return "nothing to do"
-            with self._hosts.slot(_host_of(output)) as has_slot:
+            with self._hosts.slot(_slot_of(output)) as has_slot:
                 if has_slot:
                     with suppress(LeaseLost):
                         return self._recorder.record_or_keep(output, self._attempt(output))
@@ -216,10 +216,6 @@ class HostSlots:
                     self._slot_released.notify_all()
 
 
-def _host_of(output: ClaimedOutput) -> str:
-    """Return the host of the next attempt. An output whose bytes came with the answer gets a key of its own."""
-    if output.body is not None:
-        return f"#{output.id}"
-    with suppress(ValueError):
-        return (urlsplit(output.urls[address_index(output.facts)]).hostname or "").rstrip(".")
-    return ""
+def _slot_of(output: ClaimedOutput) -> str:
+    """Return the host whose slot a download takes. An output whose bytes came with the answer has one of its own."""
+    return f"#{output.id}" if output.body is not None else host_of(output)

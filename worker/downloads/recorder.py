@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from worker.core.lifecycle import Attempt, GiveUp, StoredFile, TryAgain, after_attempt
 from worker.core.plain_text import plain_text
+from worker.downloads.failure_log import FailureLog
 from worker.storage.partial_files import PartialFiles
 from worker.store.claims import ClaimedOutput, release_claimed_outputs
 from worker.store.engine import LOCK_WAIT, database_now, error_kind, is_server_error, transact
@@ -42,6 +43,7 @@ class AttemptRecorder:
         self._scrubber = scrubber
         self._deadline = deadline
         self._notify = notify
+        self._failures = FailureLog()
         self._unwritten: deque[tuple[ClaimedOutput, Attempt]] = deque()
         self._lost_tokens: deque[str] = deque()
 
@@ -117,10 +119,8 @@ class AttemptRecorder:
         if final_status is not None:
             self._notify([output.job_id])
         if isinstance(result, StoredFile):
+            self._failures.stored(output)
             job_end = f", job {output.job_id} {final_status}" if final_status else ""
             return f"stored {result.size_bytes:,} bytes{job_end}"
-        verb = "gave up" if isinstance(result, GiveUp) else "again later"
-        log.warning(
-            "output not stored output=%s code=%s outcome=%s reason=%s", output.id, result.code, verb, result.message
-        )
-        return f"{verb}: {result.code}"
+        self._failures.failed(output, result)
+        return f"{'gave up' if isinstance(result, GiveUp) else 'again later'}: {result.code}"
