@@ -17,7 +17,7 @@ from worker.admin.access import LOGIN_SECONDS, OPEN_ENDPOINTS, AccessControl
 from worker.store.engine import make_engine
 from worker.store.schema import breakers
 
-ACTIONS = ("retry", "cancel", "hold", "resume")
+ACTIONS = ("retry", "cancel", "hold", "resume", "notify")
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 import re
 from typing import Any
 
-from sqlalchemy import Engine, Row, insert
+from sqlalchemy import Engine, Row, insert, select
 
 from tests.admin_pages import Operator
 from tests.rows import NOW, add_job, seconds
 from worker.store.audit import acting, latest_actions, record_action, record_job_action
-from worker.store.schema import breakers
+from worker.store.schema import breakers, events
 
 
 def _trail(engine: Engine) -> list[Row[Any]]:
@@ -71,3 +71,24 @@ def test_the_page_of_actions_lists_them_newest_first_in_pages(operator: Operator
 
 def test_without_actions_the_page_says_so(operator: Operator) -> None:
     assert "No actions." in operator.page("/actions/")
+
+
+def test_given_a_job_with_a_webhook_when_its_button_is_pressed_then_the_webhook_is_sent_again(
+    operator: Operator, engine: Engine
+) -> None:
+    """The button is on the page of each job that has a webhook to send."""
+    final: dict[str, Any] = {"status": "completed", "due_at": None, "ready_at": NOW, "completed_at": NOW}
+    with engine.begin() as connection:
+        job_id = add_job(connection, "1", webhook_url="https://shop.test/hook", **final)
+        silent = add_job(connection, "2", **final)
+        waiting = add_job(connection, "3", webhook_url="https://shop.test/hook")
+
+    buttons = {id_: 'value="notify"' in operator.client.get(f"/jobs/details/?id={id_}").text
+               for id_ in (job_id, silent, waiting)}  # fmt: skip
+    message = operator.act("notify", [job_id, silent])
+
+    assert buttons == {job_id: True, silent: False, waiting: False}
+    assert message == "1 job notified, 1 was without a webhook to send."
+    with engine.connect() as connection:
+        assert [event.job_id for event in connection.execute(select(events)).all()] == [job_id]
+    assert [(row.action, row.source, row.who) for row in _trail(engine)] == [("notify", "page", "admin")]

@@ -49,7 +49,7 @@ def test_given_a_viewer_when_it_sends_any_form_then_it_is_refused(
         ).status_code
         for path in changing
         for method in sorted(CHANGES)
-        for action in ("cancel", "hold", "resume", "retry")
+        for action in ("cancel", "hold", "resume", "retry", "notify")
     }
 
     assert {"/jobs/action/", "/accounts/act/"} <= set(changing)

@@ -23,10 +23,12 @@ from tests.web import Web, drips
 from worker.client import actions
 from worker.coordination.leases import LeaseKeeper, LeaseLost
 from worker.core.webhook import secret_bytes
+from worker.errors import JobNotFound
 from worker.net.address_guard import Guard, guarded_adapter
 from worker.notify import webhooks
 from worker.notify.webhook_sender import TIMEOUT_SECONDS, WebhookSender
 from worker.notify.webhooks import MAX_DELIVERIES, PER_RECEIVER, Webhooks
+from worker.store.audit import actions_of, latest_actions
 from worker.store.engine import database_now
 from worker.store.events import claim_events, create_events, record_delivery, release_events
 from worker.store.jobs import retry
@@ -572,3 +574,103 @@ def test_given_a_lease_that_may_have_ended_when_a_webhook_would_be_sent_then_it_
     assert (event.status, event.attempts, event.claim_token) == ("pending", 0, None)
     assert _deliver(sender) == 1
     assert len(receiver.received) == 1
+
+
+# ── sent again by an operator ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def client(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python API on the test database."""
+    monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
+
+
+@pytest.mark.usefixtures("client")
+def test_given_delivered_events_when_they_are_sent_again_then_each_has_its_id_and_body(
+    engine: Engine, sender: Webhooks, receiver: Receiver
+) -> None:
+    """A job that was retried has two events. Both are recorded as one action."""
+    job_id = _final(engine, receiver.url, status="failed", error_code="api_failed", ready_at=None)
+    _deliver(sender)
+    with engine.begin() as connection:
+        assert retry(connection, job_id, now=NOW + seconds(10))
+        ended = {"status": "expired", "error_code": "expired", "due_at": None, "completed_at": NOW + seconds(20)}
+        connection.execute(update(jobs).values(ended))
+    _deliver(sender)
+
+    assert actions.notify(job_id)
+    assert not actions.notify(job_id)  # both are due already
+    assert _deliver(sender) == 2
+
+    first, second = receiver.received[:2], receiver.received[2:]
+    assert sorted((headers["webhook-id"], body) for headers, body in second) == sorted(
+        (headers["webhook-id"], body) for headers, body in first
+    )
+    assert [(event.status, event.attempts) for event in _events(engine)] == [("delivered", 1)] * 2
+    with engine.connect() as connection:
+        assert [(row.action, row.filter, row.jobs) for row in actions_of(connection, job_id)] == [
+            ("notify", str(job_id), 1)
+        ]
+
+
+@pytest.mark.usefixtures("client")
+def test_given_an_event_that_was_given_up_when_it_is_sent_again_then_it_is_tried_for_another_day(
+    engine: Engine, sender: Webhooks, receiver: Receiver
+) -> None:
+    receiver.answer = lambda handler: _respond(handler, 500)
+    job_id = _final(engine, receiver.url)
+    _deliver(sender)
+    with engine.begin() as connection:
+        connection.execute(update(events).values(created_at=database_now(connection) - timedelta(hours=25)))
+    _due_now(engine)
+    _deliver(sender)
+    [given_up] = _events(engine)
+
+    assert actions.notify(job_id)
+    [due] = _events(engine)
+    _deliver(sender)
+    [waiting] = _events(engine)
+    assert actions.notify(job_id)  # at once, instead of in five seconds
+    receiver.answer = lambda handler: _respond(handler, 204)
+    _deliver(sender)
+    [delivered] = _events(engine)
+
+    assert (given_up.status, waiting.status, delivered.status) == ("failed", "pending", "delivered")
+    assert (due.attempts, due.http_status, due.error_message, due.ended_at) == (0, None, None, None)
+    assert (waiting.attempts, waiting.http_status) == (1, 500)
+    assert {event.event_id for event in (given_up, due, waiting, delivered)} == {given_up.event_id}
+
+
+@pytest.mark.parametrize("announced_at", [None, NOW])
+@pytest.mark.usefixtures("client")
+def test_given_a_final_job_without_an_event_when_it_is_notified_about_then_the_event_is_created(
+    announced_at: Any, engine: Engine, sender: Webhooks, receiver: Receiver
+) -> None:
+    job_id = _final(engine, receiver.url, announced_at=announced_at)
+
+    assert actions.notify(job_id)
+    _deliver(sender)
+
+    [(_, body)] = receiver.received
+    assert json.loads(body)["data"]["id"] == job_id
+
+
+@pytest.mark.usefixtures("client")
+def test_a_job_without_an_event_to_send_does_not_change(engine: Engine, receiver: Receiver) -> None:
+    """A job that is not final, one without an address, and one whose event is being sent."""
+    with engine.begin() as connection:
+        waiting = add_job(connection, "1", webhook_url=receiver.url, due_at=database_now(connection) + LEASE)
+    silent = _final(engine, receiver.url, "2", webhook_url=None)
+    sent = _final(engine, receiver.url, "3")
+    with engine.begin() as connection:
+        now = database_now(connection)
+        create_events(connection, now=now)
+        [claimed] = claim_events(connection, token="t", holder="h", lease=LEASE, now=now, limit=1)
+
+    assert [actions.notify(job_id) for job_id in (waiting, silent, sent)] == [False] * 3
+    with engine.connect() as connection:
+        [event] = connection.execute(select(events)).all()
+        assert (event.claim_token, event.id) == ("t", claimed.id)
+        assert latest_actions(connection) == []
+    with pytest.raises(JobNotFound):
+        actions.notify(999_999)

@@ -55,6 +55,7 @@ def command_documents() -> Iterator[tuple[str, Any]]:
             ("hold", "1"),
             ("resume", "1"),
             ("cancel", "1"),
+            ("notify", "1"),
             ("retry", "3"),
             ("cancel", "--account", "default", "--status", "pending", "--dry-run"),
             ("retry", "--status", "failed", "--yes"),

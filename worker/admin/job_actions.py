@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from worker.client.actions import cancel, retry
+from worker.client.actions import cancel, notify, retry
 from worker.client.holds import hold, hold_account_or_host, resume, resume_account_or_host
 from worker.core.circuit_breaker import Scope
 from worker.core.humanize import format_count
@@ -41,6 +41,8 @@ JOB_ACTIONS: Mapping[str, JobAction] = {
             "held", "not pending or already held", hold),
         JobAction("resume", "Resume", "Held and waiting jobs, and jobs of a dead process, continue at once.",
             "resumed", "not waiting", resume),
+        JobAction("notify", "Notify", "The webhooks of the jobs are sent again, with the same ids and bodies.",
+            "notified", "without a webhook to send", notify),
     )
 }  # fmt: skip
 

@@ -119,7 +119,7 @@ class JobsView(RowsView):
             raise NotFound("there is no such job")
         hidden = "due_at" if page.job.held_at is not None else ""
         fields = [(name, shown(getattr(page.job, name))) for group in FIELDS for name in group if name != hidden]
-        possible_actions = possible(page.job)
+        possible_actions = possible(page.job, page.events)
         actions = [job_action for job_action in JOB_ACTIONS.values() if job_action.name in possible_actions]
         return str(self.render(self.details_template, page=page, fields=fields, actions=actions))
 
@@ -144,7 +144,7 @@ class JobsView(RowsView):
             flash(apply_to_jobs(job_action, selected, who=g.login.name), "success")
         return None
 
-    retry, cancel, hold, resume = map(_action_method, ("retry", "cancel", "hold", "resume"))
+    retry, cancel, hold, resume, notify = map(_action_method, ("retry", "cancel", "hold", "resume", "notify"))
 
 
 JobsView.keep_urls("index_view", "details_view", "action_view")
@@ -203,10 +203,12 @@ def shown(value: Any) -> Any:
     return moment(value) if hasattr(value, "isoformat") else "" if value is None else value
 
 
-def possible(job: Row[Any]) -> set[str]:
-    """Return the actions that can change a job in its state."""
-    if job.status in FINAL_STATES:
-        return {"retry"} if job.status in ("failed", "expired") else set()
-    if job.status == "downloading":
-        return {"cancel", "resume"}
-    return {"cancel", "resume"} | ({"hold"} if job.held_at is None else set())
+def possible(job: Row[Any], events: Sequence[Row[Any]]) -> set[str]:
+    """Return the actions that can change a job in its state, with its webhook events."""
+    is_final = job.status in FINAL_STATES
+    has_webhook = bool(events) or (is_final and job.webhook_url is not None)
+    actions = {"notify"} if has_webhook else set()
+    if is_final:
+        return actions | ({"retry"} if job.status in ("failed", "expired") else set())
+    can_be_held = job.status == "pending" and job.held_at is None
+    return actions | {"cancel", "resume"} | ({"hold"} if can_be_held else set())

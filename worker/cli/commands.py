@@ -30,6 +30,7 @@ COMMANDS = {
     "move-storage": LazyCommand(
         "worker.cli.move_storage:move_storage", "Move stored outputs to the storage that STORAGE_URL names now."
     ),
+    "notify": LazyCommand("worker.cli.notify:notify", "Send the webhooks of jobs again."),
     "parse": LazyCommand("worker.cli.parse:parse", "Show how the worker reads an answer of the API."),
     "prune": LazyCommand("worker.cli.prune:prune", "Remove finished jobs of a minimum age."),
     "resume": LazyCommand("worker.cli.change_jobs:resume", "Continue jobs at once."),

@@ -1,4 +1,4 @@
-"""Cancel, retry or nudge one job, or change all jobs that match a filter, some hundred per transaction."""
+"""Cancel, retry, nudge or notify about a job, or change all jobs that match a filter, some hundred per transaction."""
 
 import logging
 import time
@@ -19,7 +19,7 @@ from worker.store import jobs as job_store
 from worker.store.audit import CountedAction, record_job_action
 from worker.store.counters import Tally
 from worker.store.engine import database_now, engine_for, transact, translate_errors
-from worker.store.events import create_events
+from worker.store.events import create_events, send_again
 from worker.store.holds import work_limits
 from worker.store.reports.search import FEW, JobFilter, Search, find_job_ids, lock_matching, prepare_search
 from worker.store.schema import jobs
@@ -67,6 +67,20 @@ def retry(job_id: int) -> bool:
             record_job_action(connection, "retry", job_id, now=now)
     if changed:
         wake(settings)
+    return changed
+
+
+def notify(job_id: int) -> bool:
+    """Send the webhooks of a job again, with the same ids and bodies. Return False if none had to change.
+
+    If its final state has no webhook yet, create it. Raises JobNotFound.
+    """
+    with transaction(cached_settings()) as connection:
+        check_exists(connection, job_id)
+        now = database_now(connection)
+        changed = send_again(connection, job_id, now=now) > 0
+        if changed:
+            record_job_action(connection, "notify", job_id, now=now)
     return changed
 
 

@@ -137,7 +137,7 @@ def _webhook(context: JobContext, event: Row[Any], receiver: str, start_sender: 
     error = "" if event.error_message is None else f"; {mask_personal_data(event.error_message)}"
     detail = f"{event.type} to {receiver}, {format_count(event.attempts, 'attempt')}{error}"
     if event.status == "failed":
-        advice = f"check the receiver {receiver}: every attempt for a day failed"
+        advice = f"check the receiver {receiver}, then `fetch-worker notify {context.job.id}`: it was tried for a day"
         return Finding("webhook", "given up", detail, advice)
     if event.status == "delivered":
         return Finding("webhook", "delivered", detail)

@@ -57,6 +57,31 @@ def create_events(connection: Connection, *, now: datetime, limit: int = 1, of: 
     return len(ids)
 
 
+def send_again(connection: Connection, job_id: int, *, now: datetime) -> int:
+    """Make the events of a job due now, with their ids and bodies, for another day. Return how many changed.
+
+    An event that is due already, or is being sent, does not change. If a final state has no event, create it.
+    """
+    job = connection.execute(select(jobs).where(jobs.c.id == job_id).with_for_update()).one()
+    created = _create_missing_event(connection, job, now)
+    waits = and_(events.c.claim_token.is_(None), events.c.due_at > now)
+    idle = (events.c.job_id == job_id, or_(events.c.status != "pending", waits))
+    fresh = {"status": "pending", "created_at": now, "due_at": now, "ended_at": None, "attempts": 0, **NO_CLAIM}
+    answer = dict.fromkeys(("http_status", "error_message"))
+    return created + connection.execute(update(events).where(*idle).values(fresh | answer)).rowcount
+
+
+def _create_missing_event(connection: Connection, job: Row[Any], now: datetime) -> int:
+    """Create the event of a job's final state if there is none, although it may be marked as created."""
+    if job.completed_at is None or job.webhook_url is None:
+        return 0
+    own_event = select(events.c.id).where(events.c.event_id == event_id(job.id, job.completed_at))
+    if connection.execute(own_event).first() is not None:
+        return 0
+    connection.execute(update(jobs).where(jobs.c.id == job.id).values(announced_at=None))
+    return create_events(connection, now=now, of=[job.id])
+
+
 def _event(job: Row[Any], outputs: Sequence[Row[Any]], now: datetime) -> dict[str, Any]:
     data = {
         "id": job.id,

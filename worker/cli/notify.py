@@ -1,0 +1,48 @@
+"""The command `notify`."""
+
+from dataclasses import asdict
+
+import click
+
+from worker.cli.job_ids import target_options, targets
+from worker.cli.output import json_option, print_json, print_records
+from worker.client import actions
+from worker.client.actions import ActionResult
+from worker.client.connection import transaction
+from worker.errors import JobNotFound
+from worker.settings import load
+from worker.store.jobs import job_row
+from worker.system.terminal import echo
+
+COLUMNS = ("id", "changed", "status")
+
+
+@click.command()
+@target_options
+@json_option
+def notify(ids: tuple[str, ...], remote: str | None, account: str | None, as_json: bool) -> int:
+    """Send the webhooks of jobs again.
+
+    Each webhook of a job has its id and body, is due now, and is tried for another day. If a final state never got a
+    webhook, it is created. A `worker` process sends them. Exit code 1 if a job does not exist or has no webhook to
+    send.
+    """
+    job_ids = targets(ids, remote, account)
+    rows = []
+    for job_id in job_ids:
+        try:
+            rows.append(asdict(_notify(job_id)))
+        except JobNotFound as error:
+            echo(f"fetch-worker: {error}", err=True)
+    if as_json:
+        print_json(rows)
+    elif rows:
+        print_records(COLUMNS, rows, empty="")
+    return 0 if len(rows) == len(job_ids) and all(row["changed"] for row in rows) else 1
+
+
+def _notify(job_id: int) -> ActionResult:
+    changed = actions.notify(job_id)
+    with transaction(load()) as connection:
+        job = job_row(connection, job_id)
+    return ActionResult(job_id, changed, "" if job is None else job.status)  # it may be pruned meanwhile
