@@ -187,7 +187,7 @@ CASES: list[tuple[Callable[[Connection], object], str, str, str, int]] = [
     (lost_lease, "lost_claims", "1 row claimed, and the process that has the claim is dead or hangs",
         "fetch-worker resume ", 1),
     (forgotten, "past_deadline", "1 job past the deadline and not polled soon", "fetch-worker resume ", 1),
-    (refused_webhook, "webhooks_refused", "1 webhook for shop.test refused: HTTP 500", "fetch-worker ", 1),
+    (refused_webhook, "webhooks_refused", "1 webhook for shop.test refused: HTTP 500", "fetch-worker notify ", 1),
     (redis_away, "redis_away", "Redis does not answer worker@test", "fetch-worker doctor", 0),
 ]  # fmt: skip
 

@@ -36,8 +36,8 @@ LOG_OUT = "logout"
 OPEN_ENDPOINTS = frozenset({"login", "admin.static", HEALTH})
 CHANGES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 POLICY = (
-    "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self' data:; media-src 'self';"
-    " form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+    "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self' data:;"
+    " media-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 )
 HEADERS = {
     "X-Frame-Options": "DENY",

@@ -26,6 +26,7 @@ class LateWebhook:
     attempts: int
     http_status: int | None
     message: str | None
+    job_id: int  # of the oldest event
 
 
 def late_webhooks(connection: Connection, now: datetime) -> list[LateWebhook]:
@@ -39,7 +40,7 @@ def late_webhooks(connection: Connection, now: datetime) -> list[LateWebhook]:
     if unannounced:
         late_seconds = round((now - unannounced[0].completed_at).total_seconds(), 1)
         message = "no process creates these events"
-        webhooks.append(LateWebhook(NOT_CREATED, len(unannounced), late_seconds, 0, None, message))
+        webhooks.append(LateWebhook(NOT_CREATED, len(unannounced), late_seconds, 0, None, message, unannounced[0].id))
     return sorted(webhooks, key=lambda webhook: -webhook.late_seconds)
 
 
@@ -52,4 +53,5 @@ def _of_receiver(receiver: str, rows: Sequence[Row[Any]], now: datetime) -> Late
         attempts=max(row.attempts for row in rows),
         http_status=first.http_status,
         message=None if first.error_message is None else mask_personal_data(first.error_message),
+        job_id=first.job_id,
     )

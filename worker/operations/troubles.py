@@ -237,7 +237,8 @@ def _webhooks(connection: Connection, work: WorkState) -> Iterator[Trouble]:
         late = f"the oldest for {format_duration(webhook.late_seconds)}"
         if webhook.attempts and webhook.message:
             text = f"{waiting} refused: {webhook.message}, {late}"
-            yield Trouble("webhooks_refused", text, "fetch-worker list --status completed", webhook.count, since)
+            command = f"fetch-worker notify {webhook.job_id}"
+            yield Trouble("webhooks_refused", text, command, webhook.count, since)
         else:
             text = f"{waiting} not sent, {late}: a worker process with WEBHOOK_SECRET must run"
             yield Trouble("webhooks_late", text, UP, webhook.count, since)
