@@ -12,6 +12,7 @@ from tests.faults.proxy import Proxy, running_proxy
 from tests.faults.servers import PATIENCE, RedisServer, assert_nothing_lost, children, states, tail, up, wait_completed
 from tests.waiting import wait_until
 from worker import track_many
+from worker.launch.procfile import own_procfile
 from worker.sandbox import Sandbox
 
 JOBS = 40
@@ -41,6 +42,8 @@ def test_given_half_open_connections_to_redis_when_new_ones_work_then_messages_a
     it again and again; the job is tracked once.
     """
     log = tmp_path / "up.log"
+    quiet_procfile = own_procfile().read_text()
+    (tmp_path / "Procfile").write_text(quiet_procfile.replace("beat --loglevel INFO", "beat --loglevel DEBUG"))
     client = Celery(broker=broker.url, set_as_current=False)
     with up(tmp_path) as process:
         pids = children(process.pid)

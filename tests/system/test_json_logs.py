@@ -228,7 +228,7 @@ def test_beat_and_flower_write_json_too(name: str, tmp_path: Path, monkeypatch: 
     if name == "flower":
         monkeypatch.setenv("FLOWER_BASIC_AUTH", "a:b")
         monkeypatch.setenv("FLOWER_PORT", str(free_port()))
-    text = {"beat": "Sending due task", "flower": "Visit me"}[name]
+    text = {"beat": "beat: Starting", "flower": "Visit me"}[name]
     command = [sys.executable, "-m", "celery", "-A", "worker.app", name]
     command += ["--loglevel", "INFO"] if name == "beat" else []
     log = tmp_path / f"{name}.log"

@@ -2,13 +2,11 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from worker.client.jobs import Output
 from worker.core.display import display_json
 from worker.system.terminal import cell, echo, make_console
 
@@ -24,7 +22,6 @@ EVENT_COLUMNS = (
     *("event_id", "type", "url", "status", "attempts", "created_at", "due_at", "ended_at"),
     *("http_status", "error_message"),
 )
-OUTPUT_COLUMNS = tuple(field.name for field in fields(Output))
 COLOURS = {
     "completed": "green",
     "stored": "green",

@@ -1,6 +1,6 @@
 """The command `show`: one job with its outputs, and the explanation of its state."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import click
@@ -10,7 +10,6 @@ from worker.cli.job_ids import target_options, targets
 from worker.cli.output import (
     EVENT_COLUMNS,
     JOB_COLUMNS,
-    OUTPUT_COLUMNS,
     json_option,
     moment,
     plain,
@@ -21,6 +20,7 @@ from worker.cli.output import (
 )
 from worker.cli.unread import shortened
 from worker.client.connection import transaction
+from worker.client.jobs import Output
 from worker.coordination.rate_limiter import RateLimiter
 from worker.operations.explain import read_explanation, why
 from worker.operations.job_context import JobContext, read_context
@@ -36,6 +36,7 @@ KEPT_COLUMNS = ("at", "http_status", "shape", "body")
 ACTION_COLUMNS = ("at", "source", "who", "action", "filter", "jobs")
 ACTION_FIELDS = ("at", "action", "source", "who")
 FINDING_COLUMNS = ("step", "state", "detail")
+OUTPUT_COLUMNS = tuple(field.name for field in fields(Output))
 OUTPUT_FIELDS = ("id", "position", "status", "media_type", "size_bytes", "attempts", "location", "error_code")
 
 
