@@ -92,7 +92,7 @@ def test_given_a_database_when_a_reading_command_starts_then_it_imports_no_broke
 def test_given_the_time_to_import_sqlalchemy_when_commands_start_then_they_take_a_small_multiple_of_it(
     database: None,
 ) -> None:
-    """The multiple is measured on the same machine at the same time. Measured on a quiet one: 0.3 and 2.2."""
+    """Both are measured on the same machine at the same time. Usual are 0.3 and 2.4."""
 
     def fastest(*arguments: str) -> float:
         return min(start(*arguments).seconds for _ in range(2))
