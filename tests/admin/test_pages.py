@@ -90,6 +90,20 @@ def test_every_filter_and_search_finds_its_jobs(operator: Operator, engine: Engi
     assert operator.ids("/jobs/?search=order") == []
 
 
+def test_a_mistyped_account_or_kind_is_reported_with_the_known_names(operator: Operator, engine: Engine) -> None:
+    """A name that exists and matches no job is not."""
+    with engine.begin() as connection:
+        add_job(connection, "1", account="shop", kind="image")
+
+    account, kind = operator.page("/jobs/?account=shpo"), operator.page("/jobs/?kind=%3Cb%3Eimgae")
+    nothing = operator.page("/jobs/?account=shop&status=failed")
+
+    assert "There is no account 'shpo'; the known accounts are default, shop." in account
+    assert "No job is of the kind '<b>imgae'; the known kinds are image." in kind
+    assert "<b>imgae" not in operator.client.get("/jobs/?kind=%3Cb%3Eimgae").text
+    assert "known accounts" not in nothing
+
+
 @pytest.mark.parametrize(
     "query",
     ["status=nonsense", "late=nonsense", "late=99999999999999999", "before=-1", f"before={2**64}", "page=x&sort=9",

@@ -8,9 +8,11 @@ import pytest
 from sqlalchemy import Connection, Engine, insert
 
 from tests.rows import LEASE, NOW, job_values, seconds
+from worker.settings import Settings
 from worker.store.claims import claim_jobs
 from worker.store.due_groups import DueGroup, due_groups
 from worker.store.jobs import waiting_accounts
+from worker.store.reports.known_names import unknown_name
 from worker.store.reports.search import JobFilter, find_job_ids
 from worker.store.reports.snapshot_rows import last_failures
 from worker.store.reports.stats import waiting_by_account, waiting_by_kind
@@ -76,8 +78,13 @@ def _claim(connection: Connection) -> object:
         (lambda connection: find_job_ids(connection, JobFilter(late=10.0), limit=50), 10 * 2 * WAITING),
         (lambda connection: find_job_ids(connection, JobFilter(held=True), limit=50), 4 * 2 * WAITING),
         (lambda connection: last_failures(connection, limit=5), 20),
+        (lambda connection: unknown_name(connection, JobFilter(accounts=("typo",)), Settings()), 40),
+        (lambda connection: unknown_name(connection, JobFilter(hosts=("typo",)), Settings()), 80),
     ],
-    ids=["levels", "accounts", "claim", "by account", "by kind", "past deadline", "late", "held", "failures"],
+    ids=[
+        *("levels", "accounts", "claim", "by account", "by kind", "past deadline", "late", "held", "failures"),
+        *("unknown account", "unknown host"),
+    ],
 )
 def test_queries_for_waiting_jobs_do_not_read_final_jobs(filled_database: Engine, query: Look, limit: int) -> None:
     """With thousands of final jobs, only the waiting jobs are read."""

@@ -18,8 +18,9 @@ from worker.admin.reader import AdminReader
 from worker.core.humanize import format_count
 from worker.core.lifecycle import FINAL_STATES, JOB_CODES, JOB_STATES
 from worker.store.jobs import MAX_ID
+from worker.store.reports.known_names import known_accounts, known_kinds, unknown_name
+from worker.store.reports.pages import Page
 from worker.store.reports.pages import jobs_page as browse_jobs
-from worker.store.reports.pages import known_accounts, known_kinds
 from worker.store.reports.search import JobFilter
 from worker.store.schema import jobs
 
@@ -98,10 +99,14 @@ class JobsView(RowsView):
         """Return one page of the query in the URL. The total is not counted."""
         job_filter = requested_filter()
         with self.reader.connection() as (connection, now):
-            page = browse_jobs(connection, job_filter, text=text("search"), before=before_id(), limit=PAGE_ROWS)
+            problem = unknown_name(connection, job_filter, self.reader.settings)
+            page = Page((), None)
+            if problem is None:
+                page = browse_jobs(connection, job_filter, text=text("search"), before=before_id(), limit=PAGE_ROWS)
             self._template_args.update(accounts=known_accounts(connection), kinds=known_kinds(connection))
         self._template_args.update(
             listing=page,
+            problem=problem,
             now=now,
             query=request.args,
             states=JOB_STATES,

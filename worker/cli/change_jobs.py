@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from worker.cli.filters import filter_options, job_filter
+from worker.cli.filters import check_names, checked_filter, filter_options, stored_host
 from worker.cli.job_ids import job_numbers, jobs_with_remote_id
 from worker.cli.output import json_option, print_json, print_records, print_table
 from worker.cli.progress import show_progress
@@ -18,7 +18,6 @@ from worker.client.actions import Action, ActionResult, change_matching, changea
 from worker.client.connection import transaction
 from worker.core.circuit_breaker import Scope
 from worker.core.humanize import format_count
-from worker.core.identity import ACCOUNT
 from worker.errors import JobNotFound
 from worker.settings import Settings, load
 from worker.store.breakers import all_breakers
@@ -82,7 +81,7 @@ def _run(request: _Request, ids: tuple[str, ...], options: Mapping[str, Any]) ->
     if request.action in ("hold", "resume") and (breakers := _breakers(options)):
         return _whole(request, breakers, settings)
     with transaction(settings) as connection:
-        selection = job_filter(options, database_now(connection))
+        selection = checked_filter(connection, options, settings)
         named = None
         if selection.only_remote_ids:
             named = [
@@ -206,8 +205,7 @@ def _breakers(options: Mapping[str, Any]) -> list[tuple[Scope, str]]:
 
 def _whole(request: _Request, breakers: Iterable[tuple[Scope, str]], settings: Settings) -> int:
     rows = []
-    for scope, given_name in breakers:
-        name = _breaker_name(scope, given_name, settings)
+    for scope, name in [(scope, _breaker_name(scope, name, settings)) for scope, name in breakers]:
         if request.dry_run:
             changed = _would_change_breaker(request.action, scope, name, settings)
         elif request.action == "hold":
@@ -223,17 +221,12 @@ def _whole(request: _Request, breakers: Iterable[tuple[Scope, str]], settings: S
 
 
 def _breaker_name(scope: Scope, name: str, settings: Settings) -> str:
-    """Return the name as it is stored in jobs. Raises a usage error for a name that no job can have."""
-    if scope == "account":
-        if not ACCOUNT.fullmatch(name):
-            raise click.UsageError(f"{name!r} is not a valid account name")
-        return name
-    host = name.lower().removesuffix(":443")
+    """Return the name as it is stored in jobs. Raises a usage error for an unknown name."""
+    stored_name = name if scope == "account" else stored_host(name)
+    selection = JobFilter(accounts=(name,)) if scope == "account" else JobFilter(hosts=(stored_name,))
     with transaction(settings) as connection:
-        hosts = {*settings.api.hosts, *(name for kind, name in all_breakers(connection) if kind == "host")}
-        if host not in hosts and not count_matching(connection, JobFilter(hosts=(host,)), limit=1):
-            raise click.UsageError(f"no job is fetched from {name!r}; the known hosts are {', '.join(sorted(hosts))}")
-    return host
+        check_names(connection, selection, settings)
+    return stored_name
 
 
 def _would_change_breaker(action: Action, scope: Scope, name: str, settings: Settings) -> bool:

@@ -6,10 +6,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import click
+from sqlalchemy import Connection
 
 from worker.client.jobs import lookup_id
 from worker.core.durations import UNITS
 from worker.core.lifecycle import JOB_STATES
+from worker.settings import Settings
+from worker.store.engine import database_now
+from worker.store.reports.known_names import unknown_name
 from worker.store.reports.search import JobFilter
 
 AGE = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
@@ -70,11 +74,30 @@ def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def checked_filter(connection: Connection, options: Mapping[str, Any], settings: Settings) -> JobFilter:
+    """Return the filter of the options. A name that no account, host or kind has is a usage error, too."""
+    selection = job_filter(options, database_now(connection))
+    check_names(connection, selection, settings)
+    return selection
+
+
+def check_names(connection: Connection, selection: JobFilter, settings: Settings) -> None:
+    """Raise a usage error for a name that no account, host or kind has. Its message lists the known names."""
+    problem = unknown_name(connection, selection, settings)
+    if problem is not None:
+        raise click.UsageError(problem)
+
+
+def stored_host(host: str) -> str:
+    """Return a host as it is stored in jobs."""
+    return host.lower().removesuffix(":443")
+
+
 def job_filter(options: Mapping[str, Any], now: datetime) -> JobFilter:
     """Return the filter of the options. Raises NotTrackable for an invalid remote id, and click's usage error."""
     changed = {
         "remote_ids": tuple(lookup_id(remote) for remote in options["remote_ids"]),
-        "hosts": tuple(host.lower() for host in options["hosts"]),
+        "hosts": tuple(map(stored_host, options["hosts"])),
     }
     return JobFilter(**{name: _moment(value, now) for name, value in options.items()} | changed)
 

@@ -6,11 +6,13 @@ from typing import Any
 import click
 from sqlalchemy import Connection
 
+from worker.cli.filters import check_names
 from worker.client.connection import transaction
 from worker.client.jobs import lookup_id
 from worker.errors import JobNotFound
 from worker.settings import load
 from worker.store.jobs import jobs_by_remote
+from worker.store.reports.search import JobFilter
 
 MAX_DIGITS = 100  # of a job id; Python refuses to parse very long numbers
 
@@ -28,7 +30,9 @@ def targets(ids: tuple[str, ...], remote: str | None, account: str | None) -> li
         raise click.UsageError("give job ids, or --remote ID")
     if remote is None:
         return job_numbers(ids)
-    with transaction(load()) as connection:
+    settings = load()
+    with transaction(settings) as connection:
+        check_names(connection, JobFilter(accounts=() if account is None else (account,)), settings)
         return jobs_with_remote_id(connection, lookup_id(remote), () if account is None else (account,))
 
 

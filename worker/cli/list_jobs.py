@@ -4,11 +4,10 @@ from typing import Any
 
 import click
 
-from worker.cli.filters import filter_options, job_filter
+from worker.cli.filters import checked_filter, filter_options
 from worker.cli.output import JOB_COLUMNS, json_option, plain, print_json, print_records
 from worker.client.connection import transaction
 from worker.settings import load
-from worker.store.engine import database_now
 from worker.store.reports.search import find_jobs
 
 LISTED = ("id", "remote_id", "account", "kind", "status", "polls", "submitted_at", "reference", "error_code")
@@ -25,7 +24,7 @@ def list_jobs(limit: int, as_json: bool, **options: Any) -> None:
     """
     settings = load()
     with transaction(settings) as connection:
-        rows = find_jobs(connection, job_filter(options, database_now(connection)), limit=limit)
+        rows = find_jobs(connection, checked_filter(connection, options, settings), limit=limit)
     if as_json:
         print_json([plain(row, JOB_COLUMNS) for row in rows])
     else:

@@ -13,14 +13,12 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, Table, func, or_, select
 
 from worker.store.audit import latest_actions
-from worker.store.breakers import all_breakers
-from worker.store.jobs import MAX_ID, waiting_accounts
+from worker.store.jobs import MAX_ID
 from worker.store.reports.search import JobFilter, Search, find_jobs, prepare_search
 from worker.store.schema import jobs, outputs
 
 WINDOW = 20_000  # ids in the first window
 LOOK_SECONDS = 0.08  # after this time, no other window is searched
-CHOICES_MOST = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,20 +155,6 @@ def _page(rows: Sequence[Row[Any]], limit: int) -> Page:
 def actions_page(connection: Connection, *, before: int | None, limit: int) -> Page:
     """Return a page of the audit trail."""
     return _page(latest_actions(connection, limit=limit + 1, before=before), limit)
-
-
-def known_accounts(connection: Connection) -> list[str]:
-    """Return the accounts that have a circuit breaker or jobs with a due time, for a choice."""
-    with_breaker = [name for scope, name in all_breakers(connection) if scope == "account"]
-    return sorted({*with_breaker, *waiting_accounts(connection)})[:CHOICES_MOST]
-
-
-def known_kinds(connection: Connection) -> list[str]:
-    """Return the kinds of the newest jobs, for a choice."""
-    newest = select(jobs.c.kind).order_by(jobs.c.id.desc()).limit(5_000).subquery()
-    return list(
-        connection.execute(select(newest.c.kind).distinct().order_by(newest.c.kind).limit(CHOICES_MOST)).scalars()
-    )
 
 
 def jobs_by_id(connection: Connection, job_ids: Sequence[int]) -> dict[int, Row[int, str, str, str]]:
