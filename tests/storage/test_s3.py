@@ -19,10 +19,12 @@ from botocore.loaders import JSONFileLoader
 from tests.s3_servers import S3Server, give_second_name
 from worker.core.media.signatures import Media
 from worker.errors import OutputMissing, SettingsError, StorageTrouble
+from worker.settings import load
 from worker.storage import s3 as module
 from worker.storage.base import Storage
 from worker.storage.partial_files import PartialFiles, Source
 from worker.storage.s3 import S3Storage
+from worker.storage.select import storage_for
 
 PNG = Media("image/png", "png")
 BODY = b"picture " * 1_000
@@ -467,13 +469,12 @@ def test_a_malformed_endpoint_is_a_wrong_setting(
         storage.prepare()
 
 
-def test_without_the_optional_dependency_the_message_says_what_to_install(
-    storage: S3Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_optional_dependency_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package works without it."""
+    monkeypatch.setenv("STORAGE_URL", "s3://never-used")
     monkeypatch.setitem(sys.modules, "boto3", None)
     with pytest.raises(SettingsError, match=r"pip install 'fetch-worker\[s3\]'"):
-        storage.prepare()
+        storage_for(load())
 
 
 def test_an_outage_raises_storage_trouble_soon_and_the_storage_recovers(storage: S3Storage, s3: S3Server) -> None:

@@ -26,7 +26,7 @@ FRAME = ("time", "level", "logger", "event", "process", "pid", "thread", "task",
 
 # What a worker, beat, Flower and Redis write when they are ready, as text and as JSON.
 _READY = re.compile(
-    r"@\S+ ready\.|beat: Starting\.\.\.|Visit me at (?P<address>https?://[^\s\"]+)|Ready to accept connections"
+    r"@[^\s@]+ ready\.|beat: Starting\.\.\.|Visit me at (?P<address>https?://[^\s\"]+)|Ready to accept connections"
 )
 # What `up` says of a process that has ended.
 _ENDED = re.compile(r"(?P<name>[A-Za-z0-9_-]+) (?:.*; restart in|refuses its settings)")

@@ -6,7 +6,7 @@ family, add a row; no other change is needed.
 """
 
 import re
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 FetchStyle = Literal["path", "request_id", "chat_id", "get"]
@@ -98,10 +98,7 @@ _FETCH = re.compile(
 )
 
 
-@cache
-def _order_patterns() -> tuple[re.Pattern[str], ...]:
-    """Return the compiled order paths of all families. Most processes and commands never need them."""
-    return tuple(re.compile(_order_pattern(family.order), re.IGNORECASE) for family in FAMILIES)
+_ORDERS = tuple(re.compile(_order_pattern(family.order), re.IGNORECASE) for family in FAMILIES)
 
 
 @lru_cache(maxsize=256)
@@ -121,7 +118,7 @@ def family_of_order(path: str) -> ApiFamily | None:
         fetch = match["fetch"].lower()
         rows = [row for row in FAMILIES if row.fetch == fetch] or [ApiFamily(path, fetch, "path", "any")]
         return rows[0] if len({row.media for row in rows}) == 1 else rows[0]._replace(media="any")
-    for pattern, family in zip(_order_patterns(), FAMILIES, strict=True):
+    for pattern, family in zip(_ORDERS, FAMILIES, strict=True):
         match = pattern.fullmatch(f"/{path}")
         if match is not None:
             names = match.groupdict()
