@@ -81,7 +81,7 @@ def test_every_family_row_is_needed(row: ApiFamily, monkeypatch: pytest.MonkeyPa
     remaining = [number for number, family in enumerate(FAMILIES) if family != row]
     monkeypatch.setattr(families, "FAMILIES", tuple(FAMILIES[number] for number in remaining))
     patterns = tuple(families._ORDERS[number] for number in remaining)
-    monkeypatch.setattr(families, "_order_patterns", lambda: patterns)
+    monkeypatch.setattr(families, "_ORDERS", patterns)
     family_of_order.cache_clear()
     try:
         after = {order: family_of_order(order) for order, _, _ in ORDERS}
