@@ -139,6 +139,28 @@ def test_files_that_can_not_be_removed_are_reported_with_exit_code_1(
     assert "mount it" in err
 
 
+def test_the_command_removes_actions_after_a_year_and_records_itself(database: Engine, run: Run) -> None:
+    with database.begin() as connection:
+        now = database_now(connection)
+        for days in (400, 364):
+            record_job_action(connection, "cancel", days, now=now - timedelta(days=days))
+
+    run("--older-than", "30d", "--dry-run")
+    before = _recorded(database)
+    run("--older-than", "30d", "--yes")
+
+    assert before == [("cancel", "364"), ("cancel", "400")]
+    assert _recorded(database) == [
+        ("prune", "--older-than 30d --status completed --status cancelled"),
+        ("cancel", "364"),
+    ]
+
+
+def _recorded(engine: Engine) -> list[tuple[str, str]]:
+    with engine.connect() as connection:
+        return [(action.action, action.filter) for action in latest_actions(connection)]
+
+
 @pytest.mark.parametrize("prune_after", ["", "30d"])
 def test_the_task_removes_actions_after_a_year_with_and_without_prune_after(
     prune_after: str, database: Engine, monkeypatch: pytest.MonkeyPatch

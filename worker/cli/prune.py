@@ -9,7 +9,7 @@ from worker.cli.output import json_option, print_json
 from worker.configuration.setting_types import MAX_SECONDS
 from worker.core.durations import parse_duration, shortest_duration
 from worker.core.lifecycle import FINAL_STATES
-from worker.operations.prune import Pruned, Retention, count_prunable
+from worker.operations.prune import Pruned, Retention, count_prunable, forget_actions
 from worker.operations.prune import prune as run_prune
 from worker.settings import Settings, load
 from worker.store.audit import CountedAction
@@ -63,8 +63,12 @@ def prune(
                 abort=True,
                 err=True,
             )
-        audit = CountedAction("prune", _options(retention))
-        pruned = count_prunable(engine, retention) if dry_run else run_prune(engine, settings, retention, audit=audit)
+        if dry_run:
+            pruned = count_prunable(engine, retention)
+        else:
+            audit = CountedAction("prune", _options(retention))
+            pruned = run_prune(engine, settings, retention, audit=audit)
+            forget_actions(engine)
     if as_json:
         print_json({name: getattr(pruned, name) for name in ("jobs", "outputs", "files", "bytes")})
     else:
