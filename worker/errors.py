@@ -13,6 +13,7 @@ WorkerError
 ├── Unavailable        a server did not answer: nothing was done; try again
 │   └── DeploymentError a server lacks a right, a schema or a setting: correct it, then try again
 ├── DatabaseRefused    the database refused a value: nothing was written; correct the call
+├── CopyRefused        a database can't be copied to or from: the message says what to do
 └── StorageTrouble     the storage refused a file: nothing is lost; it is tried again
 """
 
@@ -73,6 +74,10 @@ class DeploymentError(Unavailable):
 
 class DatabaseRefused(WorkerError, ValueError):
     """The database refused a value. Nothing was written; correct the call."""
+
+
+class CopyRefused(WorkerError):
+    """A database can't be copied, or another one can't take the copy. The message says what to do."""
 
 
 class StorageTrouble(WorkerError):

@@ -63,6 +63,7 @@ def command_documents() -> Iterator[tuple[str, Any]]:
             ("prune", "--older-than", "1h", "--dry-run"),
             ("move-storage", "--dry-run"),
             ("move-storage", "--yes"),
+            ("copy-database", "sqlite:///copy.db", "--force"),
             ("unread", "--apply"),
         ):
             yield " ".join(arguments), json.loads(run(*arguments, "--json")[1])
@@ -93,6 +94,9 @@ def exit_codes() -> Iterator[tuple[Sequence[str], int]]:
             ("prune", "--older-than", "1s"),
             ("move-storage", "--dry-run"),
             ("move-storage", "--yes"),
+            ("copy-database", "sqlite:///copy.db", "--force"),
+            ("copy-database", "sqlite:///copy.db"),
+            ("copy-database", "nonsense"),
             ("parse", "refused.json"),
             ("parse", "refused.json", "--submit"),
             ("parse", "missing.json"),

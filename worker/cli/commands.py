@@ -20,6 +20,10 @@ COMMANDS = {
     "admin": LazyCommand("worker.cli.admin:admin", "Serve the admin page for operators."),
     "cancel": LazyCommand("worker.cli.change_jobs:cancel", "Cancel jobs."),
     "compare-api": LazyCommand("worker.cli.compare:compare_api", "Compare answers of the API and of the stand-in."),
+    "copy-database": LazyCommand(
+        "worker.cli.copy_database:copy_database",
+        "Copy all jobs, outputs and statistics from DATABASE_URL into another, empty database.",
+    ),
     "demo": LazyCommand("worker.cli.demo:demo", "Run a demo: from prompts to stored pictures."),
     "docs": LazyCommand("worker.cli.docs:docs", "List the topics of the manual, or print the page of TOPIC."),
     "doctor": LazyCommand("worker.cli.doctor:doctor", "Check everything that the worker depends on."),
