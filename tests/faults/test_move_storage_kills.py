@@ -22,7 +22,15 @@ from worker.store.engine import make_engine
 
 COUNT = 300
 LONG_COUNT = 10_000
-PROGRAM = str(Path(sys.executable).with_name("fetch-worker"))
+SLOW = """
+import sys, time
+from worker.cli import main
+from worker.operations import move_storage
+
+read = move_storage._read
+move_storage._read = lambda *arguments: time.sleep(0.02) or read(*arguments)
+main(sys.argv[1:])
+"""  # the command, slowed down: otherwise it moves some hundred files faster than it can be killed
 
 
 @pytest.fixture
@@ -59,9 +67,8 @@ UseStorage = Callable[[str], Settings]
 
 
 def _start() -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        [PROGRAM, "move-storage", "--yes", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    command = [sys.executable, "-c", SLOW, "move-storage", "--yes", "--json"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def _kill_again_and_again(count: Callable[[], int], rng: random.Random, *, kills: int, longest: float) -> None:
@@ -124,14 +131,14 @@ def _check_kills_with_s3(
 def test_given_kills_at_random_moments_when_run_again_then_every_file_and_row_is_there_once(
     sqlite_database: Engine, tmp_path: Path, use_storage: UseStorage
 ) -> None:
-    _check_kills_between_folders(sqlite_database, tmp_path, use_storage, COUNT, longest=1.5)
+    _check_kills_between_folders(sqlite_database, tmp_path, use_storage, COUNT, longest=1.0)
 
 
 @pytest.mark.server
 def test_given_kills_while_moving_to_s3_and_back_then_every_file_and_row_is_there_once(
     sqlite_database: Engine, tmp_path: Path, s3_environment: S3Server, use_storage: UseStorage
 ) -> None:
-    _check_kills_with_s3(sqlite_database, tmp_path, s3_environment, use_storage, COUNT // 2, kills=2, longest=2.0)
+    _check_kills_with_s3(sqlite_database, tmp_path, s3_environment, use_storage, COUNT // 2, kills=3, longest=1.2)
 
 
 @pytest.mark.long
