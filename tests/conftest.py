@@ -3,7 +3,7 @@
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tests.download_stand import Stand
 from tests.web import Web, web_server
 from worker.client.connection import cached_settings
 from worker.net import deadlines
-from worker.settings import DOTENV_SWITCH, Settings
+from worker.settings import DOTENV_SWITCH, Settings, load
 from worker.store.engine import close_engines, make_engine
 from worker.store.migrate import migrate
 from worker.store.schema import metadata
@@ -100,14 +100,39 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def sqlite_engine(migrated_sqlite: Path, tmp_path: Path) -> Iterator[Engine]:
+    """An engine for empty tables in SQLite, for tests that do not depend on the database."""
+    shutil.copy(migrated_sqlite, tmp_path / "test.db")
+    new_engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
+    yield new_engine
+    new_engine.dispose()
+
+
+@pytest.fixture
+def configured_sqlite(sqlite_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """An engine for empty tables in SQLite. DATABASE_URL names the database."""
+    monkeypatch.setenv("DATABASE_URL", sqlite_engine.url.render_as_string(hide_password=False))
+    return sqlite_engine
+
+
+@pytest.fixture
+def use_storage(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Settings]:
+    """Return a function that sets STORAGE_URL and returns the settings."""
+
+    def use(url: str) -> Settings:
+        monkeypatch.setenv("STORAGE_URL", url)
+        cached_settings.cache_clear()
+        return load()
+
+    return use
+
+
 @pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """An engine for empty tables. The test runs once for each kind of database."""
     if request.param == "sqlite":
-        shutil.copy(request.getfixturevalue("migrated_sqlite"), tmp_path / "test.db")
-        new_engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
-        yield new_engine
-        new_engine.dispose()
+        yield request.getfixturevalue("sqlite_engine")
         return
     new_engine = request.getfixturevalue("migrated_postgres" if request.param == "postgresql" else "migrated_mariadb")
     _empty(new_engine)  # a test that uses the migrated database itself may have left rows
@@ -171,10 +196,7 @@ def web() -> Iterator[Web]:
 
 
 @pytest.fixture
-def stand(tmp_path: Path, migrated_sqlite: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand]:
+def stand(sqlite_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stand:
     """Everything that a download needs, on SQLite. Other tests cover claims on each database."""
     monkeypatch.setattr(deadlines, "tls_context", _tls_context)
-    shutil.copy(migrated_sqlite, tmp_path / "test.db")
-    engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
-    yield Stand(engine, tmp_path / "out")
-    engine.dispose()
+    return Stand(sqlite_engine, tmp_path / "out")

@@ -17,8 +17,9 @@ from worker.process.redelivery import DELIVERIES_MOST, TooManyDeliveries, remote
 from worker.process.resources import process_resources
 from worker.process.runs import DATABASE_AWAY_SECONDS, DATABASE_ERRORS, ProgressEvents, run_polls, run_prune, run_sweep
 from worker.process.transport_guard import quote_for_log
-from worker.store.audit import SOURCE_HEADER, WHO_HEADER, acting
+from worker.store.audit import SOURCE_HEADER, WHO_HEADER
 from worker.store.engine import describe_error
+from worker.system.who import acting
 from worker.vendor.submissions import planned_job
 
 log = get_task_logger(__name__)

@@ -1,32 +1,25 @@
 """Access control: requests without a login, tokens of forms, Host headers and passwords."""
 
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 from sqlalchemy import Engine, select
-from sqlalchemy.engine import make_url
 
 from tests.admin_pages import PASSWORD, Clock, Operator, add_stored
 from tests.rows import add_job, read_job
 from worker.admin.access import LOGIN_SECONDS, OPEN_ENDPOINTS, AccessControl
-from worker.store.engine import make_engine
 from worker.store.schema import breakers
 
 ACTIONS = ("retry", "cancel", "hold", "resume", "notify")
 
 
 @pytest.fixture
-def engine(migrated_sqlite: Path, tmp_path: Path) -> Iterator[Engine]:
+def engine(sqlite_engine: Engine) -> Engine:
     """SQLite only: access control does not depend on the database."""
-    shutil.copy(migrated_sqlite, tmp_path / "test.db")
-    engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
-    yield engine
-    engine.dispose()
+    return sqlite_engine
 
 
 def filled(rule: str) -> str:

@@ -7,8 +7,9 @@ from sqlalchemy import Engine, Row, insert, select
 
 from tests.admin_pages import Operator
 from tests.rows import NOW, add_job, seconds
-from worker.store.audit import acting, latest_actions, record_action, record_job_action
+from worker.store.audit import latest_actions, record_action, record_job_action
 from worker.store.schema import breakers, events
+from worker.system.who import acting
 
 
 def _trail(engine: Engine) -> list[Row[Any]]:

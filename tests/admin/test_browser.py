@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 from selenium import webdriver
 from sqlalchemy import Engine, insert
-from sqlalchemy.engine import make_url
 
 from tests import browsers
 from tests.admin_pages import add_stored
@@ -20,7 +18,7 @@ from tests.browsers import Reader
 from tests.rows import NOW, add_job, add_process, read_job
 from tests.waiting import wait_until
 from worker.sandbox.pictures import draw
-from worker.store.engine import database_now, make_engine
+from worker.store.engine import database_now
 from worker.store.schema import breakers, history
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("interruptible")]
@@ -29,12 +27,9 @@ PASSWORD = "a password for the browser"
 
 
 @pytest.fixture
-def engine(migrated_sqlite: Path, tmp_path: Path) -> Iterator[Engine]:
+def engine(sqlite_engine: Engine) -> Engine:
     """The database of the command."""
-    shutil.copy(migrated_sqlite, tmp_path / "test.db")
-    engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
-    yield engine
-    engine.dispose()
+    return sqlite_engine
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The admin page behind a proxy: ADMIN_URL, and a real nginx with TLS, another name and a path prefix."""
 
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from http.cookiejar import Cookie
@@ -14,7 +13,6 @@ import urllib3.util.connection
 from flask import Flask
 from flask.testing import FlaskClient
 from sqlalchemy import Engine
-from sqlalchemy.engine import make_url
 
 from tests import browsers
 from tests.admin_pages import PASSWORD, TOKEN, Clock, add_stored
@@ -27,7 +25,6 @@ from worker.admin.site import make_site
 from worker.configuration.admin_url import parse_admin_url
 from worker.sandbox.pictures import draw
 from worker.settings import load
-from worker.store.engine import make_engine
 
 URL = f"https://{HOST}/fetch"
 ORIGIN = {"Origin": f"https://{HOST}"}
@@ -37,12 +34,9 @@ PAGES = ("/", "/jobs/", "/jobs/details/?id=1", "/outputs/", "/outputs/gallery/",
 
 
 @pytest.fixture
-def engine(migrated_sqlite: Path, tmp_path: Path) -> Iterator[Engine]:
+def engine(sqlite_engine: Engine) -> Engine:
     """SQLite only: the address does not depend on the database."""
-    shutil.copy(migrated_sqlite, tmp_path / "test.db")
-    engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
-    yield engine
-    engine.dispose()
+    return sqlite_engine
 
 
 @pytest.fixture

@@ -1,34 +1,27 @@
 """The viewer: a login that sees every page and may change nothing."""
 
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 from sqlalchemy import Engine, insert, select
-from sqlalchemy.engine import make_url
 
 from tests.admin_pages import PASSWORD, VIEWER_PASSWORD, Clock, Operator, add_stored
 from tests.rows import NOW, add_job, read_job
 from worker.admin.access import CHANGES, MAX_LOGINS, AccessControl
 from worker.errors import SettingsError
 from worker.settings import load
-from worker.store.engine import make_engine
 from worker.store.schema import actions, breakers
 
 OWN_FORMS = {"login", "logout"}  # they change only the viewer's own login
 
 
 @pytest.fixture
-def engine(migrated_sqlite: Path, tmp_path: Path) -> Iterator[Engine]:
+def engine(sqlite_engine: Engine) -> Engine:
     """SQLite only: access control does not depend on the database."""
-    shutil.copy(migrated_sqlite, tmp_path / "test.db")
-    engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
-    yield engine
-    engine.dispose()
+    return sqlite_engine
 
 
 def test_given_a_viewer_when_it_sends_any_form_then_it_is_refused(

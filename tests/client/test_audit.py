@@ -16,10 +16,11 @@ from worker import tasks
 from worker.client import actions, holds
 from worker.client.actions import change_matching
 from worker.settings import Settings, load
-from worker.store.audit import acting, latest_actions
+from worker.store.audit import latest_actions
 from worker.store.engine import transact
 from worker.store.reports.search import JobFilter
 from worker.store.schema import HELD_UNTIL, jobs
+from worker.system.who import acting
 
 FAILED: dict[str, Any] = {"status": "failed", "error_code": "api_failed", "due_at": None, "completed_at": NOW}
 KILLED_IN_THE_THIRD_BATCH = """

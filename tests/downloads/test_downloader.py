@@ -26,9 +26,6 @@ from worker.downloads.downloader import HostSlots
 from worker.storage.local import path_of
 from worker.store.schema import bodies
 
-_assert_stored, _make_due = assert_stored, make_due  # tests/net/test_odd_servers.py imports these names
-
-
 # ── stored outputs ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -34,13 +34,9 @@ main(sys.argv[1:])
 
 
 @pytest.fixture
-def source(tmp_path: Path, migrated_sqlite: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+def source(configured_sqlite: Engine) -> Engine:
     """A migrated SQLite database. DATABASE_URL names it."""
-    (tmp_path / "test.db").write_bytes(migrated_sqlite.read_bytes())
-    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/test.db")
-    engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
-    yield engine
-    engine.dispose()
+    return configured_sqlite
 
 
 @pytest.fixture(params=["postgresql", "mariadb"])

@@ -6,19 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine
-from sqlalchemy.engine import make_url
 
 from tests.moving import assert_all_at, files_below, objects_in, plant_outputs, write_files
 from tests.s3_servers import S3Server
 from tests.waiting import wait_until
-from worker.client.connection import cached_settings
-from worker.settings import Settings, load
-from worker.store.engine import make_engine
+from worker.settings import Settings
 
 COUNT = 300
 LONG_COUNT = 10_000
@@ -34,33 +31,11 @@ main(sys.argv[1:])
 
 
 @pytest.fixture
-def sqlite_database(tmp_path: Path, migrated_sqlite: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """An SQLite database. DATABASE_URL names it."""
-    (tmp_path / "test.db").write_bytes(migrated_sqlite.read_bytes())
-    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/test.db")
-    engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
 def s3_environment(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """An S3 server. The environment variables lead to it."""
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     return s3
-
-
-@pytest.fixture
-def use_storage(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Settings]:
-    """Return a function that sets STORAGE_URL and returns the settings."""
-
-    def use(url: str) -> Settings:
-        monkeypatch.setenv("STORAGE_URL", url)
-        cached_settings.cache_clear()
-        return load()
-
-    return use
 
 
 UseStorage = Callable[[str], Settings]
@@ -129,16 +104,16 @@ def _check_kills_with_s3(
 
 
 def test_given_kills_at_random_moments_when_run_again_then_every_file_and_row_is_there_once(
-    sqlite_database: Engine, tmp_path: Path, use_storage: UseStorage
+    configured_sqlite: Engine, tmp_path: Path, use_storage: UseStorage
 ) -> None:
-    _check_kills_between_folders(sqlite_database, tmp_path, use_storage, COUNT, longest=1.0)
+    _check_kills_between_folders(configured_sqlite, tmp_path, use_storage, COUNT, longest=1.0)
 
 
 @pytest.mark.server
 def test_given_kills_while_moving_to_s3_and_back_then_every_file_and_row_is_there_once(
-    sqlite_database: Engine, tmp_path: Path, s3_environment: S3Server, use_storage: UseStorage
+    configured_sqlite: Engine, tmp_path: Path, s3_environment: S3Server, use_storage: UseStorage
 ) -> None:
-    _check_kills_with_s3(sqlite_database, tmp_path, s3_environment, use_storage, COUNT // 2, kills=3, longest=1.2)
+    _check_kills_with_s3(configured_sqlite, tmp_path, s3_environment, use_storage, COUNT // 2, kills=3, longest=1.2)
 
 
 @pytest.mark.long
@@ -153,6 +128,6 @@ def test_ten_thousand_outputs_survive_kills_between_folders(
 @pytest.mark.long
 @pytest.mark.server
 def test_ten_thousand_outputs_survive_kills_between_a_folder_and_s3(
-    sqlite_database: Engine, tmp_path: Path, s3_environment: S3Server, use_storage: UseStorage
+    configured_sqlite: Engine, tmp_path: Path, s3_environment: S3Server, use_storage: UseStorage
 ) -> None:
-    _check_kills_with_s3(sqlite_database, tmp_path, s3_environment, use_storage, LONG_COUNT, kills=4, longest=15.0)
+    _check_kills_with_s3(configured_sqlite, tmp_path, s3_environment, use_storage, LONG_COUNT, kills=4, longest=15.0)

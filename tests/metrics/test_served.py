@@ -1,7 +1,6 @@
 """The metrics server: scrapes share a read, are never stale and never show a traceback; and the command."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +16,6 @@ from urllib.error import HTTPError
 
 import pytest
 from sqlalchemy import Engine
-from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
 from tests.metrics.exposition import open_metrics, parse
@@ -31,7 +29,6 @@ from worker.metrics.definitions import registry
 from worker.metrics.figures import Figures, SharedFigures, read_figures
 from worker.metrics.server import MetricsServer
 from worker.settings import Settings
-from worker.store.engine import make_engine
 
 OPEN_METRICS = "application/openmetrics-text; version=1.0.0"
 
@@ -75,12 +72,9 @@ class CountingReader:
 
 
 @pytest.fixture
-def engine(tmp_path: Path, migrated_sqlite: Path) -> Iterator[Engine]:
+def engine(sqlite_engine: Engine) -> Engine:
     """SQLite only: the values are tested on every database elsewhere."""
-    shutil.copy(migrated_sqlite, tmp_path / "test.db")
-    engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
-    yield engine
-    engine.dispose()
+    return sqlite_engine
 
 
 @pytest.fixture

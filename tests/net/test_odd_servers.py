@@ -11,8 +11,7 @@ import pytest
 from sqlalchemy import select, update
 
 import worker
-from tests.download_stand import PNG, Stand, png
-from tests.downloads.test_downloader import _assert_stored, _make_due
+from tests.download_stand import PNG, Stand, assert_stored, make_due, png
 from tests.rows import read_job, read_output
 from tests.web import Answer, Web, head, page, sends
 from worker.process import resources
@@ -60,7 +59,7 @@ def test_given_a_wrong_content_encoding_when_downloaded_then_the_picture_is_stor
     stand: Stand, web: Web, answer: Answer
 ) -> None:
     """The content decides, not the header."""
-    _assert_stored(stand, stand.download(web.serves("/a.png", answer)), PNG)
+    assert_stored(stand, stand.download(web.serves("/a.png", answer)), PNG)
 
 
 SHORT, LONG = len(PNG) - 1_000, len(PNG) + 1_000
@@ -91,7 +90,7 @@ def test_given_a_wrong_length_when_downloaded_then_the_picture_itself_is_checked
     stand: Stand, web: Web, answer: Answer
 ) -> None:
     """The picture's format shows its end."""
-    _assert_stored(stand, stand.download(web.serves("/a.png", answer)), PNG)
+    assert_stored(stand, stand.download(web.serves("/a.png", answer)), PNG)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +117,7 @@ def test_given_interim_responses_when_downloaded_then_the_final_response_counts(
     stand: Stand, web: Web, interim: bytes
 ) -> None:
     """Up to a reasonable number of them."""
-    _assert_stored(stand, stand.download(web.serves("/a.png", sends(interim, _length(len(PNG)) + PNG))), PNG)
+    assert_stored(stand, stand.download(web.serves("/a.png", sends(interim, _length(len(PNG)) + PNG))), PNG)
 
 
 def test_given_endless_interim_responses_when_downloaded_then_the_attempt_fails(stand: Stand, web: Web) -> None:
@@ -212,9 +211,9 @@ def test_given_a_store_with_a_delay_when_the_file_appears_within_a_minute_then_i
         wait = (row.due_at.replace(tzinfo=UTC) - datetime.now(UTC)).total_seconds()
         assert 3 < wait < 11
     web.serves("/a.png", page(200, PNG))
-    _make_due(stand.engine)
+    make_due(stand.engine)
     downloader.run(output_id)
-    _assert_stored(stand, read_output(stand.engine, output_id), PNG)
+    assert_stored(stand, read_output(stand.engine, output_id), PNG)
 
 
 @pytest.mark.parametrize("early", EARLY.values(), ids=EARLY)
@@ -246,7 +245,7 @@ def test_given_content_that_is_no_media_then_three_attempts_end_the_output(stand
     output_id = stand.add(web.serves("/a.png", page(200, b"\x7fELF\x02\x01\x01\x00" + bytes(500))))
     downloader = stand.downloader()
     for _ in range(3):
-        _make_due(stand.engine)
+        make_due(stand.engine)
         downloader.run(output_id)
     row = read_output(stand.engine, output_id)
     assert (row.status, row.error_code, row.attempts) == ("failed", "not_media", 3)

@@ -13,6 +13,7 @@ from sqlalchemy.engine import make_url
 
 from tests import servers
 from tests.copied import add_process, all_rows, plant_many, plant_rows, with_claims_released
+from tests.crashes import DIES_AFTER, EXIT_CODE
 from tests.rows import NOW, add_job
 from worker.errors import CopyRefused, SchemaOutdated
 from worker.operations.copy_database import CopyReport, copy_database, count_rows
@@ -324,22 +325,11 @@ def test_given_another_run_into_the_same_target_then_one_of_them_is_refused(
     assert all_rows(target) == all_rows(source)
 
 
-EXIT_CODE = 70
-DIES = f"""
-import os
+DIES = f"""{DIES_AFTER}
 from sqlalchemy.engine import make_url
 from worker.operations import copy_database
 from worker.store import copying
 from worker.store.engine import make_engine
-
-die = lambda *arguments, **named: os._exit({EXIT_CODE})
-def after(owner, name, times=1):
-    real, left = getattr(owner, name), [times]
-    def inner(*arguments, **named):
-        answer = real(*arguments, **named)
-        left[0] -= 1
-        return answer if left[0] else die()
-    setattr(owner, name, inner)
 
 copying.BATCH_ROWS = 4
 {{crash}}

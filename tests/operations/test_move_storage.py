@@ -4,16 +4,16 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import Connection, Engine, delete, insert, select, update
-from sqlalchemy.engine import make_url
 
 import worker
+from tests.crashes import DIES_AFTER, EXIT_CODE
 from tests.moving import (
     assert_all_at,
     body_of,
@@ -25,7 +25,6 @@ from tests.moving import (
 )
 from tests.rows import NOW, read_output
 from tests.s3_servers import S3Server, give_second_name
-from worker.client.connection import cached_settings
 from worker.errors import OutputMissing, StorageTrouble
 from worker.operations import move_storage as module
 from worker.operations.move_storage import MoveReport, move_storage, plan_move
@@ -36,7 +35,7 @@ from worker.storage import local
 from worker.storage.local import FileStorage, path_of
 from worker.storage.s3 import S3Storage
 from worker.storage.select import storage_for, storage_of
-from worker.store.engine import make_engine, transact
+from worker.store.engine import transact
 from worker.store.events import create_events
 from worker.store.moved_files import Move, output_places, record_moves
 from worker.store.outputs import requeue_output
@@ -48,13 +47,9 @@ PROGRAM = str(Path(sys.executable).with_name("fetch-worker"))
 
 
 @pytest.fixture
-def database(tmp_path: Path, migrated_sqlite: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+def database(configured_sqlite: Engine) -> Engine:
     """An SQLite database, set as DATABASE_URL."""
-    (tmp_path / "test.db").write_bytes(migrated_sqlite.read_bytes())
-    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/test.db")
-    engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
-    yield engine
-    engine.dispose()
+    return configured_sqlite
 
 
 @pytest.fixture
@@ -63,18 +58,6 @@ def bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     return s3.bucket()
-
-
-@pytest.fixture
-def use_storage(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Settings]:
-    """Return a function that sets STORAGE_URL and returns the settings."""
-
-    def use(url: str) -> Settings:
-        monkeypatch.setenv("STORAGE_URL", url)
-        cached_settings.cache_clear()
-        return load()
-
-    return use
 
 
 UseStorage = Callable[[str], Settings]
@@ -329,22 +312,11 @@ def test_given_a_second_name_of_the_old_bucket_when_moved_there_then_no_object_i
 
 # ── crashes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-EXIT_CODE = 70
-DIES = f"""
-import os
+DIES = f"""{DIES_AFTER}
 from worker.operations import move_storage
 from worker.settings import load
 from worker.storage import local
 from worker.store.engine import engine_for
-
-die = lambda *arguments, **named: os._exit({EXIT_CODE})
-def after(owner, name, times=1):
-    real, left = getattr(owner, name), [times]
-    def inner(*arguments, **named):
-        answer = real(*arguments, **named)
-        left[0] -= 1
-        return answer if left[0] else die()
-    setattr(owner, name, inner)
 
 move_storage.RECORD_MOST = 4
 {{crash}}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Column, Engine, ForeignKey, MetaData, Table, func, insert, select, update
 
+from tests.crashes import DIES_AFTER, EXIT_CODE
 from tests.rows import add_job, add_output, claim_due_jobs, read_job, read_output
 from tests.s3_servers import S3Server
 from worker.client import tracking
@@ -504,9 +505,7 @@ def test_objects_in_a_bucket_are_removed(
 
 # ── crashes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-EXIT_CODE = 70
-DIES = f"""
-import os
+DIES = f"""{DIES_AFTER}
 from datetime import timedelta
 from worker.operations import prune
 from worker.storage import local
@@ -514,15 +513,6 @@ from worker.storage.base import name_of
 from worker.store.engine import engine_for
 from worker.settings import load
 from worker.store import pruning
-
-die = lambda *arguments, **named: os._exit({EXIT_CODE})
-def after(owner, name, times=1):
-    real, left = getattr(owner, name), [times]
-    def inner(*arguments, **named):
-        answer = real(*arguments, **named)
-        left[0] -= 1
-        return answer if left[0] else die()
-    setattr(owner, name, inner)
 
 {{plant}}
 wanted = prune.Retention(older_than=timedelta(days=30), states=("completed",), remove_files=True)

@@ -12,11 +12,9 @@ from tests.rows import add_downloading, add_job, add_output, add_process, second
 from worker.cli import main
 from worker.core.queues import POLLS, QUEUE
 from worker.operations.health import AREAS, NO_TROUBLE
-from worker.operations.troubles import CODES, Trouble, count_by_code, count_jobs_by_code, read_troubles
-from worker.operations.unstored import read_unstored
+from worker.operations.troubles import CODES, Trouble, count_by_code, count_jobs_by_code, read_evidence, read_troubles
 from worker.settings import load
 from worker.store.engine import database_now
-from worker.store.reports.work_state import read_work_state
 from worker.store.schema import HELD_UNTIL, breakers, jobs
 
 
@@ -33,8 +31,7 @@ def troubles_of(engine: Engine) -> list[Trouble]:
     """Return the troubles."""
     settings = load()
     with engine.connect() as connection:
-        work = read_work_state(connection, settings.rps)
-        return read_troubles(connection, settings, work, read_unstored(connection, work.now))
+        return read_troubles(connection, settings, read_evidence(connection, settings))
 
 
 def late_job(connection: Connection, remote_id: str = "1", *, late: float = 300.0, **changes: Any) -> int:

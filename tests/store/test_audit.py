@@ -13,7 +13,6 @@ from worker.store.audit import (
     KEEP,
     MAX_SELECTION,
     CountedAction,
-    acting,
     actions_of,
     forget_old_actions,
     latest_actions,
@@ -21,6 +20,7 @@ from worker.store.audit import (
     record_job_action,
 )
 from worker.store.schema import actions
+from worker.system.who import acting
 
 
 def _rows(engine: Engine) -> list[Row[Any]]:

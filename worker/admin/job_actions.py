@@ -10,8 +10,8 @@ from worker.client.holds import hold, hold_account_or_host, resume, resume_accou
 from worker.core.circuit_breaker import Scope
 from worker.core.humanize import format_count
 from worker.errors import JobNotFound, Unavailable
-from worker.store.audit import acting
 from worker.store.jobs import MAX_ID
+from worker.system.who import acting
 
 log = logging.getLogger(__name__)
 

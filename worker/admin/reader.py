@@ -14,18 +14,20 @@ from worker.core.answer_history import AnswerNote, parse_history
 from worker.core.circuit_breaker import CircuitBreaker
 from worker.operations.explain import read_explanation, why
 from worker.operations.job_context import Finding, read_context
+from worker.operations.lost_work import lost_claims
 from worker.operations.overview import Overview, overview
-from worker.operations.snapshot import Snapshot
-from worker.operations.snapshot_reader import SnapshotReader
+from worker.operations.snapshot import LostClaimNow, OverdueJob
+from worker.operations.snapshot_reader import lost_now, overdue_now
 from worker.settings import Settings
 from worker.store.audit import actions_of
 from worker.store.engine import database_now, engine_for, translate_errors
 from worker.store.events import events_of
 from worker.store.jobs import job_row, outputs_of
 from worker.store.outputs import output_row
-from worker.store.reports.work_state import read_work_state
+from worker.store.reports.work_state import WorkState, read_work_state
 
 OUTPUTS_SHOWN = 200
+PROBLEMS_SHOWN = 20  # of each kind, on the overview
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,16 @@ class BreakerState:
     rps: float
     waiting: bool
     now: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class StartPage:
+    """The data of the overview page. `claims` and `overdue` are the first ones."""
+
+    overview: Overview
+    held: list[BreakerState]
+    claims: list[LostClaimNow]
+    overdue: list[OverdueJob]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,34 +117,42 @@ class AdminReader:
     def breakers(self) -> list[BreakerState]:
         """Return all accounts and hosts, held ones first."""
         with self.connection() as (connection, _):
-            work = read_work_state(connection, self.settings.rps)
-        waiting = {group.account for group in work.groups}
-        accounts = {state.account: state for state in work.accounts}
-        breakers = {("account", name): CircuitBreaker("account", name) for name in accounts} | dict(work.breakers)
-        states = []
-        for breaker in breakers.values():
-            account = accounts.get(breaker.name) if breaker.scope == "account" else None
-            states.append(
-                BreakerState(
-                    breaker=breaker,
-                    reason=breaker.why if account is None else account.reason,
-                    since=breaker.held_since if account is None else account.since,
-                    held=breaker.held(work.now) or (account is not None and account.reason is not None),
-                    rps=0.0 if account is None else account.rps,
-                    waiting=account is not None and breaker.name in waiting,
-                    now=work.now,
-                )
-            )
-        return sorted(states, key=lambda state: (not state.held, state.breaker.scope, state.breaker.name))
+            return _breaker_states(read_work_state(connection, self.settings.rps))
 
-    def overview(self) -> Overview:
-        """Return the state of all jobs and accounts."""
+    def start(self) -> StartPage:
+        """Read the data of the overview page."""
         with self.connection() as (connection, _):
-            return overview(connection, self.settings)
+            state = overview(connection, self.settings)
+            now, dead = state.work.now, state.evidence.dead_holders
+            claims = lost_claims(connection, self.settings, now, dead=dead)
+        return StartPage(
+            overview=state,
+            held=[breaker for breaker in _breaker_states(state.work) if breaker.held],
+            claims=[lost_now(claim, dead, now) for claim in claims[:PROBLEMS_SHOWN]],
+            overdue=[overdue_now(row, now) for row in state.evidence.overdue[:PROBLEMS_SHOWN]],
+        )
 
-    def snapshot(self) -> Snapshot:
-        """Return the snapshot that `top` shows."""
-        return SnapshotReader(self.engine, self.settings).read()
+
+def _breaker_states(work: WorkState) -> list[BreakerState]:
+    """Return all accounts and hosts, held ones first."""
+    waiting = {group.account for group in work.groups}
+    accounts = {state.account: state for state in work.accounts}
+    breakers = {("account", name): CircuitBreaker("account", name) for name in accounts} | dict(work.breakers)
+    states = []
+    for breaker in breakers.values():
+        account = accounts.get(breaker.name) if breaker.scope == "account" else None
+        states.append(
+            BreakerState(
+                breaker=breaker,
+                reason=breaker.why if account is None else account.reason,
+                since=breaker.held_since if account is None else account.since,
+                held=breaker.held(work.now) or (account is not None and account.reason is not None),
+                rps=0.0 if account is None else account.rps,
+                waiting=account is not None and breaker.name in waiting,
+                now=work.now,
+            )
+        )
+    return sorted(states, key=lambda state: (not state.held, state.breaker.scope, state.breaker.name))
 
 
 @cache

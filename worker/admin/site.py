@@ -36,13 +36,9 @@ class StartView(AdminIndexView):
     @expose("/")
     def index(self) -> str:
         """Show jobs by state, problems and holds."""
-        states = self.reader.breakers()
+        data = self.reader.start()
         page: str = self.render(
-            "start.html",
-            overview=self.reader.overview(),
-            held=[state for state in states if state.held],
-            states=states,
-            snapshot=self.reader.snapshot(),
+            "start.html", overview=data.overview, held=data.held, claims=data.claims, overdue=data.overdue
         )
         return page
 

@@ -1,5 +1,6 @@
 """The command `status`: jobs by state, accounts, hosts and the learned pace."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -8,7 +9,7 @@ import click
 from worker.cli.output import json_option, print_fields, print_json, print_table
 from worker.client.connection import transaction
 from worker.core.humanize import format_duration
-from worker.operations.overview import KindState, Overview, overview
+from worker.operations.overview import KindState, Overview, overview, read_kinds
 from worker.settings import load
 from worker.store.reports.work_state import AccountState
 from worker.system.terminal import echo
@@ -20,9 +21,9 @@ def status(as_json: bool) -> None:
     """Show jobs by state, accounts, holds and late work."""
     settings = load()
     with transaction(settings) as connection:
-        state = overview(connection, settings)
+        state, kinds = overview(connection, settings), read_kinds(connection)
     if as_json:
-        print_json(_status_document(state))
+        print_json(_status_document(state, kinds))
         return
     print_fields({name: count for name, count in state.jobs.items() if count} or {"jobs": "none yet"})
     rows = [
@@ -33,10 +34,10 @@ def status(as_json: bool) -> None:
     if state.work.hosts:
         hosts = [(host.host, host.reason, host.since, host.until) for host in state.work.hosts]
         print_table(("host", "held", "since", "until (UTC)"), hosts, empty="")
-    if state.kinds:
+    if kinds:
         columns = ("account", "kind", "jobs", "half ready (s)", "90 % (s)", "found ready", "expected",
                    "delay (s)", "planned")  # fmt: skip
-        print_table(columns, [_kind_row(kind) for kind in state.kinds], empty="")
+        print_table(columns, [_kind_row(kind) for kind in kinds], empty="")
     unstored = state.unstored
     if unstored.count:
         errors = "".join(f", {count} {code}" for code, count in sorted(unstored.trouble.items()))
@@ -49,7 +50,7 @@ def status(as_json: bool) -> None:
         print_table(("trouble", "", "what to do"), troubles, empty="")
 
 
-def _status_document(state: Overview) -> dict[str, Any]:
+def _status_document(state: Overview, kinds: Sequence[KindState]) -> dict[str, Any]:
     return {
         "jobs": dict(state.jobs),
         "accounts": [
@@ -65,7 +66,7 @@ def _status_document(state: Overview) -> dict[str, Any]:
             "trouble": dict(state.unstored.trouble),
             "storage": state.unstored.storage,
         },
-        "kinds": [asdict(kind) for kind in state.kinds],
+        "kinds": [asdict(kind) for kind in kinds],
     }
 
 

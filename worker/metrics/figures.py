@@ -12,15 +12,14 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker.errors import SchemaOutdated, WorkerError
-from worker.operations.troubles import Trouble, read_troubles
-from worker.operations.unstored import read_unstored
+from worker.operations.troubles import Trouble, read_evidence, read_troubles
 from worker.settings import Settings
 from worker.store.counters import KINDS_MOST, OTHER, Total, read_counters
 from worker.store.engine import SCHEMA_VERSION, SNAPSHOT, error_name, schema_version, translate_errors
 from worker.store.events import PendingEvents, count_overdue_events, count_pending_events
 from worker.store.outputs import count_claims, count_expired_claims
 from worker.store.reports.stats import Stats, count_unfinished, read_stats, waiting_by_kind
-from worker.store.reports.work_state import HEALTHY_SECONDS, WorkState, read_work_state
+from worker.store.reports.work_state import HEALTHY_SECONDS, WorkState
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +53,8 @@ def read_figures(engine: Engine, settings: Settings) -> Figures:
         schema = schema_version(connection)
         if schema is None or schema < SCHEMA_VERSION:
             raise SchemaOutdated(f"the schema is {schema}, {SCHEMA_VERSION} is needed: run `fetch-worker migrate`")
-        work = read_work_state(connection, settings.rps)
-        now = work.now
+        evidence = read_evidence(connection, settings)
+        work, now = evidence.work, evidence.work.now
         waiting = waiting_by_kind(connection, now=now)
         counters = read_counters(connection)
         return Figures(
@@ -72,7 +71,7 @@ def read_figures(engine: Engine, settings: Settings) -> Figures:
             webhooks=count_pending_events(connection),
             webhooks_late=count_overdue_events(connection, before=now - timedelta(seconds=WEBHOOK_LATE_SECONDS)),
             work=work,
-            troubles=read_troubles(connection, settings, work, read_unstored(connection, now)),
+            troubles=read_troubles(connection, settings, evidence),
         )
 
 

@@ -8,13 +8,13 @@ from sqlalchemy import Connection
 from worker.core.lifecycle import JOB_STATES
 from worker.core.pacing.policy import PaceModel
 from worker.core.pacing.survival import MAX_POLL_AGE
-from worker.operations.troubles import Trouble, read_troubles
-from worker.operations.unstored import UnstoredOutputs, read_unstored
+from worker.operations.troubles import Evidence, Trouble, read_evidence, read_troubles
+from worker.operations.unstored import UnstoredOutputs
 from worker.polling.duration_learner import read_models
 from worker.settings import Settings
 from worker.store.jobs import count_by_state
 from worker.store.paces import newest_paces
-from worker.store.reports.work_state import WorkState, read_work_state
+from worker.store.reports.work_state import WorkState
 
 MAX_KINDS = 50  # the most recently updated kinds
 
@@ -44,27 +44,33 @@ class Overview:
     """The state of all jobs, accounts and outputs, and the troubles, worst first."""
 
     jobs: Mapping[str, int]
-    work: WorkState
-    unstored: UnstoredOutputs
+    evidence: Evidence
     troubles: Sequence[Trouble]
-    kinds: Sequence[KindState] = ()
+
+    @property
+    def work(self) -> WorkState:
+        """The state of accounts, hosts, processes and due work."""
+        return self.evidence.work
+
+    @property
+    def unstored(self) -> UnstoredOutputs:
+        """The outputs that are not stored yet."""
+        return self.evidence.unstored
 
 
 def overview(connection: Connection, settings: Settings) -> Overview:
     """Read the state of all jobs, accounts and outputs."""
-    work = read_work_state(connection, settings.rps)
-    unstored = read_unstored(connection, work.now)
+    evidence = read_evidence(connection, settings)
     job_counts = count_by_state(connection)
     return Overview(
         jobs={state: job_counts.get(state, 0) for state in JOB_STATES},
-        work=work,
-        unstored=unstored,
-        troubles=read_troubles(connection, settings, work, unstored),
-        kinds=_kinds(connection),
+        evidence=evidence,
+        troubles=read_troubles(connection, settings, evidence),
     )
 
 
-def _kinds(connection: Connection) -> list[KindState]:
+def read_kinds(connection: Connection) -> list[KindState]:
+    """Return the learned paces of the kinds that were updated last."""
     classes = sorted((row.account, row.kind) for row in newest_paces(connection, limit=MAX_KINDS))
     return [_kind(account, kind, read[0]) for (account, kind), read in read_models(connection, classes).items()]
 

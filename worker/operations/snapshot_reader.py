@@ -19,8 +19,7 @@ from worker.core.histograms import DELAYS, quantile
 from worker.core.identity import can_be_asked
 from worker.core.lifecycle import OutputFacts, address_index
 from worker.core.redaction.masking import link_host, mask_personal_data
-from worker.operations.late_webhooks import LateWebhook, late_webhooks
-from worker.operations.lost_work import dead_claim_holders, lost_claims, overdue_jobs
+from worker.operations.lost_work import lost_claims
 from worker.operations.snapshot import (
     NO_WORKER,
     AccountNow,
@@ -33,13 +32,12 @@ from worker.operations.snapshot import (
     Snapshot,
     Transfer,
 )
-from worker.operations.troubles import Trouble, read_troubles
-from worker.operations.unstored import UnstoredOutputs, read_unstored
+from worker.operations.troubles import Evidence, Trouble, read_evidence, read_troubles
 from worker.settings import Settings
 from worker.store.counters import ANSWERS, DELAY, POLLED, CounterKey, Total, read_counters
 from worker.store.engine import translate_errors
 from worker.store.reports import snapshot_rows
-from worker.store.reports.work_state import AccountState, WorkState, no_key, read_work_state
+from worker.store.reports.work_state import AccountState, WorkState, no_key
 
 WINDOW_SECONDS = 60.0  # for delays and polls per job
 RATE_SECONDS = 10.0  # for requests per second
@@ -62,44 +60,41 @@ class _Sample:
 class _Rows:
     """The rows that the transaction of a snapshot reads."""
 
-    now: datetime
-    work: WorkState
+    evidence: Evidence
     troubles: Sequence[Trouble]
     asking: int
-    dead_holders: Collection[str]
     jobs: Mapping[str, int]
     late: Sequence[Row[Any]]
     late_count: int
-    overdue: Sequence[Row[Any]]
     claims: Sequence[snapshot_rows.StaleClaim]
     transfers: Sequence[Row[Any]]
-    unstored: UnstoredOutputs
-    webhooks: Sequence[LateWebhook]
     failures: Sequence[Row[Any]]
     counters: Sequence[Total]
 
+    @property
+    def work(self) -> WorkState:
+        """The state of accounts, hosts, processes and due work."""
+        return self.evidence.work
+
+    @property
+    def now(self) -> datetime:
+        """The time of the snapshot."""
+        return self.work.now
+
 
 def _read_rows(connection: Connection, settings: Settings) -> _Rows:
-    work = read_work_state(connection, settings.rps)
-    now, groups = work.now, work.groups
-    dead_names = dead_claim_holders(connection, work)
+    evidence = read_evidence(connection, settings)
+    now, groups = evidence.work.now, evidence.work.groups
     late = now - timedelta(seconds=LATE_SECONDS)
-    jobs = snapshot_rows.count_jobs(connection)
-    unstored = read_unstored(connection, now)
     return _Rows(
-        now=now,
-        work=work,
-        troubles=read_troubles(connection, settings, work, unstored),
+        evidence=evidence,
+        troubles=read_troubles(connection, settings, evidence),
         asking=snapshot_rows.count_running_polls(connection, now=now),
-        dead_holders=dead_names,
-        jobs=jobs,
+        jobs=snapshot_rows.count_jobs(connection),
         late=snapshot_rows.longest_due(connection, groups, before=late, limit=MAX_LATE_JOBS),
         late_count=snapshot_rows.count_late(connection, groups, before=late),
-        overdue=overdue_jobs(connection, jobs["pending"], now, limit=MAX_LATE_JOBS) or (),
-        claims=lost_claims(connection, settings, now, dead=dead_names),
+        claims=lost_claims(connection, settings, now, dead=evidence.dead_holders),
         transfers=snapshot_rows.running_downloads(connection, now=now, limit=MAX_TRANSFERS),
-        unstored=unstored,
-        webhooks=late_webhooks(connection, now),
         failures=snapshot_rows.last_failures(connection, limit=MAX_FAILURES),
         counters=read_counters(connection, (ANSWERS, DELAY, POLLED)),
     )
@@ -141,15 +136,12 @@ class SnapshotReader:
             hosts=[replace(host, reason=mask_personal_data(host.reason)) for host in rows.work.hosts],
             late=[_late_job(row, rows) for row in rows.late],
             late_count=_count("late", rows.late_count),
-            overdue=[
-                OverdueJob(row.id, row.account, row.kind, _seconds(now - row.deadline_at), _seconds(row.due_at - now))
-                for row in rows.overdue
-            ],
-            claims=[_lost(claim, rows.dead_holders, now) for claim in rows.claims],
+            overdue=[overdue_now(row, now) for row in rows.evidence.overdue[:MAX_LATE_JOBS]],
+            claims=[lost_now(claim, rows.evidence.dead_holders, now) for claim in rows.claims],
             transfers=[_transfer(row, sample, before, now) for row in rows.transfers],
-            unstored=rows.unstored.groups,
-            unstored_more=rows.unstored.more,
-            webhooks=rows.webhooks,
+            unstored=rows.evidence.unstored.groups,
+            unstored_more=rows.evidence.unstored.more,
+            webhooks=rows.evidence.webhooks,
             failures=[
                 Failure(row.id, row.account, row.kind, row.status, row.error_code, row.completed_at)
                 for row in rows.failures
@@ -227,13 +219,19 @@ def _why_late(job: Row[Any], rows: _Rows) -> str:
     if host is not None and host.held(rows.now):
         return f"held: {host.name} {mask_personal_data(host.why or '')}"
     if job.claim_token is not None:
-        liveness = "dead" if job.claim_holder in rows.dead_holders else "silent"
+        liveness = "dead" if job.claim_holder in rows.evidence.dead_holders else "silent"
         return f"claimed by {job.claim_holder}, which is {liveness}"
     return "the rate limit is used up" if rows.work.workers_poll else NO_WORKER
 
 
-def _lost(claim: snapshot_rows.StaleClaim, dead_holders: Collection[str], now: datetime) -> LostClaimNow:
+def lost_now(claim: snapshot_rows.StaleClaim, dead_holders: Collection[str], now: datetime) -> LostClaimNow:
+    """Return a lost claim as it is shown."""
     return LostClaimNow(claim.what, claim.id, claim.holder, claim.holder in dead_holders, _seconds(now - claim.until))
+
+
+def overdue_now(row: Row[Any], now: datetime) -> OverdueJob:
+    """Return a job past its deadline as it is shown."""
+    return OverdueJob(row.id, row.account, row.kind, _seconds(now - row.deadline_at), _seconds(row.due_at - now))
 
 
 def _received(rows: Iterable[Row[Any]]) -> dict[tuple[int, int], int]:

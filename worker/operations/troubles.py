@@ -5,24 +5,25 @@ list. It comes from the database alone, so everyone sees the same.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Row
 
 from worker.core.circuit_breaker import BY_OPERATOR, NO_SUCH_PATH, NOT_LISTED, REFUSALS
 from worker.core.humanize import format_count, format_duration
 from worker.core.lifecycle import STORAGE_WAIT
 from worker.core.redaction.masking import mask_personal_data
-from worker.operations.late_webhooks import late_webhooks
+from worker.operations.late_webhooks import LateWebhook, late_webhooks
 from worker.operations.lost_work import dead_claim_holders, lost_claims, overdue_jobs
-from worker.operations.unstored import UnstoredByHost, UnstoredOutputs
+from worker.operations.unstored import UnstoredByHost, UnstoredOutputs, read_unstored
 from worker.settings import Settings
 from worker.store.events import undelivered_events
 from worker.store.on_done import GIVE_UP, refused_calls, unsent_calls
-from worker.store.reports.snapshot_rows import COUNTED_MOST, StaleClaim, count_jobs, count_late
-from worker.store.reports.work_state import HEALTHY_SECONDS, NO_KEY, AccountState, WorkState
+from worker.store.reports.snapshot_rows import COUNTED_MOST, StaleClaim, count_in_state, count_late
+from worker.store.reports.work_state import HEALTHY_SECONDS, NO_KEY, AccountState, WorkState, read_work_state
 
 # The codes, worst first, with what each means. The manual and the metrics have the same list.
 CODES = {
@@ -75,19 +76,46 @@ class Trouble:
     since: datetime | None
 
 
-def read_troubles(
-    connection: Connection, settings: Settings, work: WorkState, unstored: UnstoredOutputs
-) -> list[Trouble]:
-    """Read the troubles, worst first."""
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What the troubles are decided from. Whoever shows it beside the troubles reads it only once.
+
+    `dead_holders` are the dead processes that hold claims. `overdue` is empty if too many jobs are pending to check
+    each of them.
+    """
+
+    work: WorkState
+    unstored: UnstoredOutputs
+    webhooks: Sequence[LateWebhook]
+    dead_holders: Collection[str]
+    overdue: Sequence[Row[Any]]
+
+
+def read_evidence(connection: Connection, settings: Settings) -> Evidence:
+    """Read what the troubles are decided from."""
+    work = read_work_state(connection, settings.rps)
+    pending = count_in_state(connection, "pending")
+    return Evidence(
+        work=work,
+        unstored=read_unstored(connection, work.now),
+        webhooks=late_webhooks(connection, work.now),
+        dead_holders=dead_claim_holders(connection, work),
+        overdue=overdue_jobs(connection, pending, work.now, limit=COUNTED_MOST) or (),
+    )
+
+
+def read_troubles(connection: Connection, settings: Settings, evidence: Evidence) -> list[Trouble]:
+    """Return the troubles, worst first. Some are read from the database now."""
+    work = evidence.work
     places = {code: place for place, code in enumerate(CODES)}
     troubles = [
         *_polling(connection, work),
         *_accounts(connection, work),
         *_hosts(connection, work),
-        *_outputs(settings, work, unstored),
-        *_webhooks(connection, work),
+        *_outputs(settings, work, evidence.unstored),
+        *_webhooks(connection, work, evidence.webhooks),
         *_on_done(connection, work),
-        *_lost_work(connection, settings, work),
+        *_lost_work(connection, settings, evidence),
         *_redis(work),
     ]
     return sorted(troubles, key=lambda trouble: (places[trouble.code], -trouble.jobs, trouble.text))
@@ -230,8 +258,8 @@ def _oldest(unstored: UnstoredOutputs, work: WorkState) -> datetime:
     return work.now - timedelta(seconds=seconds)
 
 
-def _webhooks(connection: Connection, work: WorkState) -> Iterator[Trouble]:
-    for webhook in late_webhooks(connection, work.now):
+def _webhooks(connection: Connection, work: WorkState, webhooks: Iterable[LateWebhook]) -> Iterator[Trouble]:
+    for webhook in webhooks:
         since = work.now - timedelta(seconds=webhook.late_seconds)
         waiting = f"{format_count(webhook.count, 'webhook')} for {webhook.receiver}"
         late = f"the oldest for {format_duration(webhook.late_seconds)}"
@@ -264,14 +292,12 @@ def _on_done(connection: Connection, work: WorkState) -> Iterator[Trouble]:
         yield Trouble("on_done_late", text, UP, late, None)
 
 
-def _lost_work(connection: Connection, settings: Settings, work: WorkState) -> Iterator[Trouble]:
-    dead = dead_claim_holders(connection, work)
-    claims = lost_claims(connection, settings, work.now, grace=STALE_SECONDS, dead=dead)
+def _lost_work(connection: Connection, settings: Settings, evidence: Evidence) -> Iterator[Trouble]:
+    now, dead, rows = evidence.work.now, evidence.dead_holders, evidence.overdue
+    claims = lost_claims(connection, settings, now, grace=STALE_SECONDS, dead=dead)
     if claims:
         text = f"{format_count(len(claims), 'row')} claimed, and the process that has the claim is dead or hangs"
         yield Trouble("lost_claims", text, _resume(claims), len(claims), claims[0].until)
-    pending = count_jobs(connection)["pending"]
-    rows = overdue_jobs(connection, pending, work.now, limit=COUNTED_MOST) or ()
     if rows:
         ids = " ".join(str(row.id) for row in rows[:MAX_NAMED])
         text = f"{_jobs(len(rows))} past the deadline and not polled soon"

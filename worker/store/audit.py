@@ -7,7 +7,6 @@ from typing import Any
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from worker.store.schema import actions
-from worker.system.who import acting as acting
 from worker.system.who import current_actor
 
 KEEP = timedelta(days=365)  # after which an action is removed

@@ -26,18 +26,20 @@ def count_jobs(connection: Connection) -> dict[str, int]:
 
     Pending jobs include downloading jobs that wait for fresh links.
     """
-    index_order = (jobs.c.account, jobs.c.priority, jobs.c.fetch_host, jobs.c.due_at)
-    counts: dict[str, int] = {}
-    for state in JOB_STATES:
-        if state == "pending":
-            query = select(jobs.c.account).where(HAS_DUE_TIME)
-            # In the order of its partial index, PostgreSQL stops early. MariaDB has another index.
-            query = query if connection.dialect.name in MYSQL_FAMILY else query.order_by(*index_order)
-        else:
-            query = _in_final_state(connection, state, jobs.c.id)
-        count_query = select(func.count()).select_from(query.limit(COUNTED_MOST + 1).subquery())
-        counts[state] = int(connection.execute(count_query).scalar_one())
-    return counts
+    return {state: count_in_state(connection, state) for state in JOB_STATES}
+
+
+def count_in_state(connection: Connection, state: str) -> int:
+    """Return the number of jobs in a state, up to COUNTED_MOST + 1."""
+    if state == "pending":
+        query = select(jobs.c.account).where(HAS_DUE_TIME)
+        # In the order of its partial index, PostgreSQL stops early. MariaDB has another index.
+        index_order = (jobs.c.account, jobs.c.priority, jobs.c.fetch_host, jobs.c.due_at)
+        query = query if connection.dialect.name in MYSQL_FAMILY else query.order_by(*index_order)
+    else:
+        query = _in_final_state(connection, state, jobs.c.id)
+    count_query = select(func.count()).select_from(query.limit(COUNTED_MOST + 1).subquery())
+    return int(connection.execute(count_query).scalar_one())
 
 
 def _in_final_state(

@@ -4,8 +4,9 @@ It comes from the database alone. The settings and keys of the process that show
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import cached_property
 
 from sqlalchemy import Connection
 
@@ -51,9 +52,9 @@ class HeldHost:
     until: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class WorkState:
-    """The state of all work at `now`, by the database's clock."""
+    """The state of all work at `now`, by the database's clock. What follows from it is computed once."""
 
     now: datetime
     breakers: Mapping[tuple[Scope, str], CircuitBreaker]
@@ -63,7 +64,7 @@ class WorkState:
     last_request_at: datetime | None
     accounts: Sequence[AccountState]
 
-    @property
+    @cached_property
     def hosts(self) -> list[HeldHost]:
         """The held hosts, sorted by name."""
         return [
@@ -72,7 +73,7 @@ class WorkState:
             if scope == "host" and breaker.held(self.now)
         ]
 
-    @property
+    @cached_property
     def due(self) -> list[DueGroup]:
         """The groups with due jobs whose account and host are not held: these jobs may be polled now."""
         held_accounts = {account.account for account in self.accounts if account.reason is not None}
@@ -107,7 +108,7 @@ class WorkState:
             if process.alive(self.now, self.dead_holders) and (queue is None or queue in process.queues)
         ]
 
-    @property
+    @cached_property
     def pollers(self) -> list[WorkerProcess]:
         """The processes that are alive and poll."""
         return self.running(POLLS)
@@ -138,7 +139,7 @@ def read_work_state(
     dead = dead_holders(process.holder for process in processes)
     last_request_at = last_asked(connection)
     state = WorkState(now, breakers, groups, processes, dead, last_request_at, ())
-    return WorkState(now, breakers, groups, processes, dead, last_request_at, account_states(state, full_rps))
+    return replace(state, accounts=account_states(state, full_rps))
 
 
 def account_states(state: WorkState, full_rps: Callable[[str], float]) -> list[AccountState]:
