@@ -38,6 +38,10 @@ class RunRequests:
         """Say that a run of this task is active, so that nobody requests one for a while."""
         self._publisher.send(task, lambda: self._mark(task, ACTIVE_SECONDS, only_first=False))
 
+    def ended(self, task: str) -> None:
+        """Say that a run of this task has ended, so that the next one can be requested at once."""
+        self._publisher.send(task, lambda: self._unmark(task))
+
     def _request(self, task: str) -> None:
         if self._mark(task, QUIET_SECONDS, only_first=True):
             log_broker_errors(
@@ -50,7 +54,17 @@ class RunRequests:
     def _mark(self, task: str, seconds: float, *, only_first: bool) -> bool:
         """Set the key of a task. Return whether it was set; without Redis each process sends its own message."""
         try:
-            return bool(self._redis.set(f"fetch-worker:requested:{task}", b"", px=int(seconds * 1e3), nx=only_first))
+            return bool(self._redis.set(_key(task), b"", px=int(seconds * 1e3), nx=only_first))
         except (RedisError, OSError) as error:
             log.debug("a request can't be marked reason=%s", type(error).__name__)
             return True
+
+    def _unmark(self, task: str) -> None:
+        try:
+            self._redis.delete(_key(task))
+        except (RedisError, OSError) as error:
+            log.debug("the mark of a request can't be removed reason=%s", type(error).__name__)
+
+
+def _key(task: str) -> str:
+    return f"fetch-worker:requested:{task}"

@@ -52,7 +52,11 @@ def run_polls(progress: Progress | None = None) -> tuple[str, bool]:
     report = _run_poller(lambda: resources.poller.run(finish=not resources.ticks, progress=progress))
     if report is None:
         return "another run is active", False
-    return (report, True) if isinstance(report, str) else (str(report), report.more)
+    if isinstance(report, str):
+        return report, True
+    if not report.more:
+        resources.run_requests.ended("worker.poll")
+    return str(report), report.more
 
 
 def watch_due_work() -> None:
