@@ -23,7 +23,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int | str 
     return ended.value.code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", ["flask", "flask_admin", "pygal", "waitress"])
+@pytest.mark.parametrize("module", ["flask", "flask_admin", "waitress"])
 def test_without_the_extra_it_says_what_to_install(
     module: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -39,7 +39,7 @@ def test_without_the_extra_it_says_what_to_install(
 def test_other_commands_do_not_import_its_dependencies() -> None:
     program = (
         "import sys; from worker.cli.commands import group; list(group.commands.values()); "
-        "print({'flask', 'pygal', 'waitress', 'worker.admin'} & set(sys.modules))"
+        "print({'flask', 'waitress', 'worker.admin'} & set(sys.modules))"
     )
 
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Engine, insert, update
 
 from tests.command_line import Run, command_runner
-from tests.rows import NOW, add_downloading, add_output, add_process
+from tests.rows import NOW, add_downloading, add_job, add_output, add_process
 from worker.core.pacing.policy import PacedJob
 from worker.polling.duration_learner import DurationLearner
 from worker.store.schema import breakers, jobs
@@ -318,6 +318,27 @@ def test_status_shows_jobs_and_accounts(database: Engine, run: Run, monkeypatch:
     }
     assert (document["oldest_due_seconds"], document["healthy"]) == (0.0, True)
     assert "no key for account default" in run("status").out
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["all jobs there", "another job elsewhere"])
+def test_status_shows_an_account_as_held_if_all_its_waiting_jobs_are_on_held_hosts(
+    database: Engine, run: Run, *, elsewhere: bool
+) -> None:
+    with database.begin() as connection:
+        add_process(connection, accounts={"default": 5.0})
+        add_job(connection, "1", fetch_host="dead.test")
+        if elsewhere:
+            add_job(connection, "2", fetch_host="alive.test")
+        connection.execute(
+            insert(breakers).values(
+                scope="host", name="dead.test", proven=True, reason="unreachable: HTTP 404", since=NOW
+            )
+        )
+
+    (account,) = run("status", "--json").document["accounts"]
+
+    assert (account["hold"] is None) == elsewhere
+    assert elsewhere or account["hold"]["reason"] == "dead.test unreachable: HTTP 404"
 
 
 def test_status_lists_a_held_host_in_json(database: Engine, run: Run) -> None:

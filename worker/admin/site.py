@@ -10,10 +10,11 @@ from werkzeug.exceptions import HTTPException, NotFound
 from worker.admin.access import AccessControl, guard, this_path
 from worker.admin.actions import ActionsView
 from worker.admin.breakers import BreakersView
+from worker.admin.curves import SPANS
 from worker.admin.formatting import moment, without_links
 from worker.admin.jobs import JobsView
 from worker.admin.outputs import OutputsView, display_kind
-from worker.admin.plots import PlotsView
+from worker.admin.plots import PLOTS, PlotsView
 from worker.admin.reader import AdminReader
 from worker.core.display import display_lines
 from worker.core.humanize import format_bytes, format_duration
@@ -22,6 +23,7 @@ from worker.errors import Unavailable, WorkerError
 from worker.settings import Settings
 
 LIST_PARAMETERS = frozenset({"search", "status", "account", "kind", "code", "late", "held", "host", "job"})
+START_PLOTS = {name: PLOTS[name] for name in ("requests", "delay")}
 ASSETS = Path(__file__).with_name("assets")
 ASSET_TYPES = {"site.css": "text/css", "site.js": "text/javascript"}
 
@@ -38,7 +40,13 @@ class StartView(AdminIndexView):
         """Show jobs by state, problems and holds."""
         data = self.reader.start()
         page: str = self.render(
-            "start.html", overview=data.overview, held=data.held, claims=data.claims, overdue=data.overdue
+            "start.html",
+            overview=data.overview,
+            held=data.held,
+            claims=data.claims,
+            overdue=data.overdue,
+            plots=START_PLOTS,
+            span=SPANS[0],
         )
         return page
 

@@ -28,7 +28,7 @@ def status(as_json: bool) -> None:
     print_fields({name: count for name, count in state.jobs.items() if count} or {"jobs": "none yet"})
     rows = [
         (account.account, f"{account.rps:g}/s", account.reason or "open", account.since, account.until)
-        for account in state.work.accounts
+        for account in state.work.shown_accounts
     ]
     print_table(("account", "rate limit", "state", "since", "until (UTC)"), rows, empty="no accounts yet")
     if state.work.hosts:
@@ -54,7 +54,8 @@ def _status_document(state: Overview, kinds: Sequence[KindState]) -> dict[str, A
     return {
         "jobs": dict(state.jobs),
         "accounts": [
-            {"account": account.account, "hold": _hold(account), "rps": account.rps} for account in state.work.accounts
+            {"account": account.account, "hold": _hold(account), "rps": account.rps}
+            for account in state.work.shown_accounts
         ],
         "hosts": [asdict(host) for host in state.work.hosts],
         "oldest_due_seconds": round(state.work.oldest_due_seconds, 3),

@@ -132,7 +132,7 @@ class SnapshotReader:
             budget_known=bool(peeks),
             troubles=rows.troubles,
             jobs=[_count(state, count) for state, count in rows.jobs.items()],
-            accounts=[self._account(state, peeks.get(state.account), sample) for state in rows.work.accounts],
+            accounts=[self._account(state, peeks.get(state.account), sample) for state in rows.work.shown_accounts],
             hosts=[replace(host, reason=mask_personal_data(host.reason)) for host in rows.work.hosts],
             late=[_late_job(row, rows) for row in rows.late],
             late_count=_count("late", rows.late_count),

@@ -74,6 +74,19 @@ class WorkState:
         ]
 
     @cached_property
+    def shown_accounts(self) -> list[AccountState]:
+        """The accounts as people see them: an account whose waiting jobs are all on held hosts counts as held, too."""
+        return [self._with_host_hold(account) for account in self.accounts]
+
+    def _with_host_hold(self, account: AccountState) -> AccountState:
+        hosts = {host.host: host for host in self.hosts}
+        waiting_at = {group.host for group in self.groups if group.account == account.account}
+        if account.reason is not None or not waiting_at or not waiting_at <= hosts.keys():
+            return account
+        host = hosts[min(waiting_at)]
+        return replace(account, reason=f"{host.host} {host.reason}", since=host.since, until=host.until)
+
+    @cached_property
     def due(self) -> list[DueGroup]:
         """The groups with due jobs whose account and host are not held: these jobs may be polled now."""
         held_accounts = {account.account for account in self.accounts if account.reason is not None}
