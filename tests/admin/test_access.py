@@ -57,7 +57,18 @@ def test_there_are_no_urls_to_edit_or_delete_rows(site: Flask) -> None:
     endpoints = {rule.endpoint.rpartition(".")[2] for rule in site.url_map.iter_rules()}
 
     assert endpoints == {
-        *("static", "login", "logout", "assets", "index", "index_view", "details_view", "action_view", "act"),
+        *(
+            "static",
+            "login",
+            "logout",
+            "assets",
+            "index",
+            "index_view",
+            "details_view",
+            "action_view",
+            "act",
+            "matching",
+        ),
         *("gallery", "file", "picture", "health"),
     }
 
@@ -72,9 +83,12 @@ def test_a_form_without_the_token_of_its_login_changes_nothing(
         token = Operator(site.test_client()).token
     form = {"action": "cancel", "rowid": job_id, "confirmed": "yes"} | ({} if token is None else {"token": token})
 
-    answers = [operator.client.post(path, data=form) for path in ("/jobs/action/", "/accounts/act/", "/logout")]
+    answers = [
+        operator.client.post(path, data=form)
+        for path in ("/jobs/action/", "/jobs/matching/?status=pending", "/accounts/act/", "/logout")
+    ]
 
-    assert [answer.status_code for answer in answers] == [403, 403, 403]
+    assert [answer.status_code for answer in answers] == [403] * 4
     assert read_job(engine, job_id).status == "pending"
     assert operator.client.get("/jobs/").status_code == 200
 

@@ -24,6 +24,9 @@ from worker.store.schema import breakers, history
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("interruptible")]
 
 PASSWORD = "a password for the browser"
+RIGHT_EDGES = """
+return [...document.querySelectorAll(".rows .state, main button")].map((part) => part.getBoundingClientRect().right)
+"""
 
 
 @pytest.fixture
@@ -126,21 +129,29 @@ def test_plots_are_drawn_and_pages_fit_a_phone_screen(
         reader.open("/plots/")
         reader.log_in(PASSWORD)
         plots = reader.widths("img.plot")
-        too_wide = {}
+        too_wide, hidden, narrow_plots = {}, {}, []
         for width in (1280, 400):
             size = {"width": width, "height": 860, "deviceScaleFactor": 1, "mobile": width < 800}
             chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
             for path in ("/", "/jobs/", f"/jobs/details/?id={job_id}", f"/jobs/details/?id={job_id + 1}", "/outputs/",
-                         "/outputs/gallery/", "/accounts/", "/plots/"):  # fmt: skip
+                         "/outputs/gallery/", "/webhooks/", "/accounts/", "/plots/"):  # fmt: skip
                 reader.open(path)
                 needed = int(chromium.execute_script("return document.documentElement.scrollWidth"))
                 if needed > width:
                     too_wide[path, width] = needed
+                right = max(chromium.execute_script(RIGHT_EDGES), default=0)
+                if right > width:
+                    hidden[path, width] = right
+                if path == "/plots/":
+                    narrow_plots = reader.widths("img.plot")
+        chromium.get("about:blank")  # the plots would be loaded again for the wide screen
         chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         errors = reader.errors()
 
-    assert plots == [900] * 5
+    assert plots == [640] * 5
+    assert narrow_plots == [370] * 5
     assert too_wide == {}
+    assert hidden == {}, "states and buttons are visible without scrolling"
     assert errors == []
 
 

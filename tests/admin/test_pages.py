@@ -110,7 +110,7 @@ def test_a_mistyped_account_or_kind_is_reported_with_the_known_names(operator: O
      "search=%00", "search=" + "9" * 5_000, "search=%ff", "account=%27%3B--", "held=maybe", "kind=%ed%a0%80"],
 )  # fmt: skip
 def test_invalid_parameters_still_give_a_page(query: str, operator: Operator) -> None:
-    for path in ("/jobs/", "/outputs/", "/outputs/gallery/", "/plots/"):
+    for path in ("/jobs/", "/outputs/", "/outputs/gallery/", "/webhooks/", "/plots/"):
         assert operator.client.get(f"{path}?{query}").status_code == 200
 
 
@@ -252,8 +252,8 @@ def test_no_page_contains_a_key_a_secret_a_password_or_a_signed_link(
         )  # fmt: skip
     keyed = Operator(make_site(load(), AccessControl(PASSWORD, "127.0.0.1")).test_client())
     paths = ("/", "/jobs/", f"/jobs/details/?id={job_id}", f"/jobs/details/?id={job_id + 1}", "/outputs/",
-             "/outputs/gallery/", "/accounts/", "/plots/", "/plots/picture/delay.svg", "/nowhere", "/login",
-             f"/outputs/file/{output_id}")  # fmt: skip
+             "/outputs/gallery/", "/webhooks/", "/accounts/", "/plots/", "/plots/picture/delay.svg", "/nowhere",
+             "/login", f"/outputs/file/{output_id}")  # fmt: skip
 
     for path in paths:
         answer = keyed.file(path)

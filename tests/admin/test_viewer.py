@@ -45,7 +45,7 @@ def test_given_a_viewer_when_it_sends_any_form_then_it_is_refused(
         for action in ("cancel", "hold", "resume", "retry", "notify")
     }
 
-    assert {"/jobs/action/", "/accounts/act/"} <= set(changing)
+    assert {"/jobs/action/", "/jobs/matching/", "/accounts/act/"} <= set(changing)
     assert set(answers.values()) == {403}, answers
     assert read_job(engine, job_id) == before
     with engine.connect() as connection:
@@ -62,7 +62,7 @@ def test_given_a_viewer_then_it_sees_every_page_and_no_button(
         waiting = add_job(connection, "waits")
         connection.execute(insert(breakers).values(scope="account", name="default", paused_at=NOW))
     pages = ("/", "/jobs/", f"/jobs/details/?id={job_id}", f"/jobs/details/?id={waiting}", "/outputs/",
-             "/outputs/gallery/", "/accounts/", "/actions/", "/plots/")  # fmt: skip
+             "/outputs/gallery/", "/webhooks/", "/accounts/", "/actions/", "/plots/")  # fmt: skip
 
     def buttons(text: str) -> list[str]:
         forms = re.findall(r'<form[^>]*method="post".*?</form>', text, re.DOTALL)

@@ -290,6 +290,7 @@ def test_status_shows_jobs_and_accounts(database: Engine, run: Run, monkeypatch:
     assert set(document) == {
         "jobs",
         "accounts",
+        "asked_per_second",
         "oldest_due_seconds",
         "healthy",
         "hosts",

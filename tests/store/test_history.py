@@ -12,7 +12,7 @@ from tests.rows import NOW, add_downloading, add_job, add_output, add_process, r
 from worker.core.circuit_breaker import held_by_operator
 from worker.store.breakers import locked_breaker, save_breaker
 from worker.store.counters import Tally
-from worker.store.reports.history import KEPT, record_history
+from worker.store.reports.history import KEPT, answered_lately, record_history
 from worker.store.schema import HELD_UNTIL, breakers, history
 
 LATER = NOW + seconds(20.5)
@@ -155,3 +155,20 @@ def test_housekeeping_records_history_and_errors_in_it_do_not_stop_the_sweep(
     with engine.connect() as connection:
         lines = connection.execute(select(func.count()).select_from(history)).scalar_one()
     assert bool(lines) == there
+
+
+def test_given_two_samples_then_the_requests_per_second_between_them_are_known_by_account(engine: Engine) -> None:
+    with engine.begin() as connection:
+        locked_breaker(connection, "account", "shop")
+        _add_counts(connection)
+        record_history(connection, now=NOW - seconds(120), full_rps=lambda _: 10.0)
+        one_sample = answered_lately(connection, now=NOW)
+        tally = Tally()
+        for _ in range(90):
+            tally.add("answers", "processing", account="shop")
+        tally.write(connection)
+        record_history(connection, now=NOW - seconds(60), full_rps=lambda _: 10.0)
+
+        assert one_sample == {}
+        assert answered_lately(connection, now=NOW) == {"shop": 1.5}
+        assert answered_lately(connection, now=NOW + seconds(600)) == {}

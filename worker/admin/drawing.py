@@ -14,6 +14,7 @@ TIME_STEPS = tuple(timedelta(minutes=minutes) for minutes in (15, 30, 60, 120, 2
 SMALLEST = 1e-9  # a smaller value is drawn as 0
 GAP_STEPS = 2.5  # points further apart than so many steps are not connected
 LINE_HEIGHT = 20
+LEGEND_GAP = 6  # between the labels of the time and the legend
 LETTER_WIDTH = 6.4  # of the 12 pixel font, at most, on average
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #5a6772; }
@@ -73,7 +74,7 @@ def draw(curves: Sequence[Curve], span: Span, now: datetime, *, unit: str, paire
         start=now - span.length, end=now, top=ticks[-1],
     )  # fmt: skip
     per_row = max(1, min(len(shown), int((size.width - 20) // _legend_width(shown)))) if shown else 1
-    height = size.height + LINE_HEIGHT * math.ceil(len(shown) / per_row)
+    height = size.height + LEGEND_GAP + LINE_HEIGHT * math.ceil(len(shown) / per_row)
     svg = ElementTree.Element(
         "svg",
         {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {size.width} {height}",
@@ -92,7 +93,7 @@ def draw(curves: Sequence[Curve], span: Span, now: datetime, *, unit: str, paire
         for points in _unbroken(curve, span.step * GAP_STEPS):
             _line(svg, style, [(area.x(moment), area.y(value)) for moment, value in points])
         x = 14 + (place % per_row) * (size.width - 20) / per_row
-        y = size.height + LINE_HEIGHT * (place // per_row)
+        y = size.height + LEGEND_GAP + LINE_HEIGHT * (place // per_row)
         _line(svg, style, [(x, y), (x + 20, y)])
         _text(svg, curve.name[: _letters(size)], x + 26, y + 4)
     if not shown:

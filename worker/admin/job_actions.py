@@ -1,21 +1,30 @@
 """Actions of operators on jobs, accounts and hosts. Each returns a sentence with its result."""
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from worker.client.actions import cancel, notify, retry
+from sqlalchemy import Connection
+
+from worker.client.actions import Action, cancel, change_matching, changeable, notify, retry
 from worker.client.holds import hold, hold_account_or_host, resume, resume_account_or_host
+from worker.client.selection import filter_options
 from worker.core.circuit_breaker import Scope
 from worker.core.humanize import format_count
 from worker.errors import JobNotFound, Unavailable
+from worker.settings import Settings
 from worker.store.jobs import MAX_ID
+from worker.store.reports.search import JobFilter, count_matching
 from worker.system.who import acting
 
 log = logging.getLogger(__name__)
 
 MAX_JOBS = 500  # jobs per form
+MATCHING_SECONDS = 20.0  # of one change of all jobs that match: then the browser gets its answer
+COUNTED_MOST = 100_000  # jobs that match
+FILTER_ACTIONS: tuple[Action, ...] = ("retry", "cancel", "hold", "resume")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +89,34 @@ def _apply_to_each(action: JobAction, ids: Sequence[int]) -> tuple[Counter[str],
         except Unavailable as error:
             return outcomes, str(error)
     return outcomes, ""
+
+
+def count_changeable(connection: Connection, action: Action, job_filter: JobFilter) -> str:
+    """Return how many matching jobs the action can change, such as "12 jobs"; empty if there are none."""
+    count = count_matching(connection, changeable(action, job_filter), limit=COUNTED_MOST + 1)
+    if count > COUNTED_MOST:
+        return f"more than {COUNTED_MOST:,} jobs"
+    return format_count(count, "job") if count else ""
+
+
+def apply_to_matching(action: Action, job_filter: JobFilter, settings: Settings, *, who: str) -> str:
+    """Apply an action to all jobs that match a filter, for a limited time. Return the result as a sentence."""
+    until = time.monotonic() + MATCHING_SECONDS
+    changed, error, over = 0, "", False
+    with acting("page", who):
+        try:
+            batches = change_matching(action, job_filter, settings)
+            for results in batches:
+                changed += sum(result.changed for result in results)
+                over = time.monotonic() >= until
+                if over:
+                    break
+        except Unavailable as unavailable:
+            error = f" The others were not changed: {unavailable}."
+    if over:
+        command = f"fetch-worker {action} {filter_options(job_filter)}"
+        error = f" The time of the page is over, so some may be left: do it again, or run `{command}`."
+    return f"{format_count(changed, 'job')} {JOB_ACTIONS[action].done}.{error}"
 
 
 def apply_to_breaker(name: str, scope: Scope, breaker: str, *, who: str) -> str:

@@ -3,20 +3,30 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flask import flash, g, request, url_for
+from flask import flash, g, redirect, request, url_for
 from flask_admin import expose
 from flask_admin.actions import action
 from flask_admin.form import BaseForm
 from flask_admin.model import BaseModelView
 from sqlalchemy import Row, Table
 from werkzeug.exceptions import NotFound
+from werkzeug.wrappers import Response
 
 from worker.admin.access import own_path
 from worker.admin.formatting import moment
-from worker.admin.job_actions import JOB_ACTIONS, apply_to_jobs, job_ids
+from worker.admin.job_actions import (
+    FILTER_ACTIONS,
+    JOB_ACTIONS,
+    JobAction,
+    apply_to_jobs,
+    apply_to_matching,
+    count_changeable,
+    job_ids,
+)
 from worker.admin.reader import AdminReader
+from worker.client.selection import filter_options
 from worker.core.humanize import format_count
-from worker.core.lifecycle import FINAL_STATES, JOB_CODES, JOB_STATES
+from worker.core.lifecycle import FINAL_STATES, JOB_CODES, JOB_STATES, OUTPUT_CODES
 from worker.store.jobs import MAX_ID
 from worker.store.reports.known_names import known_accounts, known_kinds, unknown_name
 from worker.store.reports.pages import Page
@@ -28,6 +38,9 @@ PAGE_ROWS = 50
 MAX_TEXT = 255
 MAX_LATE = 10 * 365 * 86_400
 LATE = ((10, "10 s"), (60, "1 min"), (600, "10 min"), (3_600, "1 h"))
+LIST_PARAMETERS = frozenset(
+    {"search", "status", "account", "kind", "code", "output_code", "late", "held", "host", "job", "receiver"}
+)
 FIELDS = (
     ("id", "remote_id", "account", "kind", "status", "reference", "priority", "polls", "fetch_host"),
     ("submitted_at", "tracked_at", "asked_at", "ready_at", "completed_at", "deadline_at", "due_at", "held_at"),
@@ -112,7 +125,9 @@ class JobsView(RowsView):
             states=JOB_STATES,
             codes=JOB_CODES,
             late_options=LATE,
+            output_codes=OUTPUT_CODES,
             job_actions=JOB_ACTIONS.values(),
+            filter_actions=[] if problem or text("search") or requested_filter() == JobFilter() else FILTER_ACTIONS,
         )
         return None, page.rows
 
@@ -127,6 +142,40 @@ class JobsView(RowsView):
         possible_actions = possible(page.job, page.events)
         actions = [job_action for job_action in JOB_ACTIONS.values() if job_action.name in possible_actions]
         return str(self.render(self.details_template, page=page, fields=fields, actions=actions))
+
+    @expose("/matching/", methods=("POST",))
+    def matching(self) -> str | Response:
+        """Ask for confirmation, or apply an action to all jobs that match the filter of the URL."""
+        job_filter, name = requested_filter(), request.form.get("action", "")
+        action = next((action for action in FILTER_ACTIONS if action == name), None)
+        if action is None:
+            raise NotFound("there is no such action")
+        back = url_for("jobs.index_view", **list_parameters())
+        if job_filter == JobFilter():
+            flash("Choose a filter first: without one, all jobs would change.", "warning")
+        elif request.form.get("confirmed") == "yes":
+            flash(apply_to_matching(action, job_filter, self.reader.settings, who=g.login.name), "success")
+        else:
+            with self.reader.connection() as (connection, _):
+                problem = unknown_name(connection, job_filter, self.reader.settings)
+                count = "" if problem else count_changeable(connection, action, job_filter)
+            if count:
+                return self._confirm_matching(JOB_ACTIONS[action], job_filter, count, back)
+            flash(f"No matching job can be {JOB_ACTIONS[action].done}.", "warning")
+        return redirect(back)
+
+    def _confirm_matching(self, job_action: JobAction, job_filter: JobFilter, count: str, back: str) -> str:
+        page: str = self.render(
+            "confirm.html",
+            title=f"{job_action.label} {count}?",
+            meaning=job_action.meaning,
+            button=f"{job_action.label} {count}",
+            rows=[("matching", "yes", f"all jobs that match: {filter_options(job_filter)}")],
+            target=url_for("jobs.matching", **list_parameters()),
+            chosen=job_action.name,
+            back=back,
+        )
+        return page
 
     def act(self, name: str, ids: Sequence[str]) -> str | None:
         """Ask for confirmation, or apply the action if the form is confirmed."""
@@ -152,7 +201,12 @@ class JobsView(RowsView):
     retry, cancel, hold, resume, notify = map(_action_method, ("retry", "cancel", "hold", "resume", "notify"))
 
 
-JobsView.keep_urls("index_view", "details_view", "action_view")
+JobsView.keep_urls("index_view", "details_view", "action_view", "matching")
+
+
+def list_parameters() -> dict[str, Any]:
+    """Return the parameters of the URL without the page. They reach `url_for` only as values."""
+    return {name: value for name, value in request.args.items() if name in LIST_PARAMETERS and value}
 
 
 def requested_filter() -> JobFilter:
@@ -162,6 +216,7 @@ def requested_filter() -> JobFilter:
         accounts=_values(text("account")),
         kinds=_values(text("kind")),
         codes=_values(text("code")),
+        output_codes=_values(text("output_code")),
         held=request.args.get("held") == "yes",
         late=min(number("late") or 0, MAX_LATE) or None,
     )

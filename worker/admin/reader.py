@@ -1,6 +1,6 @@
 """The queries of the pages: short transactions, each committed before the page is rendered."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,6 +24,7 @@ from worker.store.engine import database_now, engine_for, translate_errors
 from worker.store.events import events_of
 from worker.store.jobs import job_row, outputs_of
 from worker.store.outputs import output_row
+from worker.store.reports.history import answered_lately
 from worker.store.reports.work_state import WorkState, read_work_state
 
 OUTPUTS_SHOWN = 200
@@ -48,14 +49,14 @@ class JobPage:
 
 @dataclass(frozen=True, slots=True)
 class BreakerState:
-    """An account or host: its circuit breaker, its hold, its requests per second, and whether jobs wait."""
+    """An account or host: its circuit breaker, its hold, and the requests per second that it may get and got lately."""
 
     breaker: CircuitBreaker
     held: bool
     reason: str | None
     since: datetime | None
     rps: float
-    waiting: bool
+    asked: float | None
     now: datetime
 
 
@@ -116,8 +117,9 @@ class AdminReader:
 
     def breakers(self) -> list[BreakerState]:
         """Return all accounts and hosts, held ones first."""
-        with self.connection() as (connection, _):
-            return _breaker_states(read_work_state(connection, self.settings.rps))
+        with self.connection() as (connection, now):
+            work = read_work_state(connection, self.settings.rps)
+            return _breaker_states(work, answered_lately(connection, now=now))
 
     def start(self) -> StartPage:
         """Read the data of the overview page."""
@@ -127,15 +129,14 @@ class AdminReader:
             claims = lost_claims(connection, self.settings, now, dead=dead)
         return StartPage(
             overview=state,
-            held=[breaker for breaker in _breaker_states(state.work) if breaker.held],
+            held=[breaker for breaker in _breaker_states(state.work, {}) if breaker.held],
             claims=[lost_now(claim, dead, now) for claim in claims[:PROBLEMS_SHOWN]],
             overdue=[overdue_now(row, now) for row in state.evidence.overdue[:PROBLEMS_SHOWN]],
         )
 
 
-def _breaker_states(work: WorkState) -> list[BreakerState]:
+def _breaker_states(work: WorkState, asked: Mapping[str, float]) -> list[BreakerState]:
     """Return all accounts and hosts, held ones first."""
-    waiting = {group.account for group in work.groups}
     accounts = {state.account: state for state in work.accounts}
     breakers = {("account", name): CircuitBreaker("account", name) for name in accounts} | dict(work.breakers)
     states = []
@@ -148,7 +149,7 @@ def _breaker_states(work: WorkState) -> list[BreakerState]:
                 since=breaker.held_since if account is None else account.since,
                 held=breaker.held(work.now) or (account is not None and account.reason is not None),
                 rps=0.0 if account is None else account.rps,
-                waiting=account is not None and breaker.name in waiting,
+                asked=asked.get(breaker.name, 0.0) if account is not None and asked else None,
                 now=work.now,
             )
         )

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from flask import Flask, Response, g, render_template, request
+from flask import Flask, Response, g, render_template
 from flask_admin import Admin, AdminIndexView, expose
 from werkzeug.exceptions import HTTPException, NotFound
 
@@ -12,17 +12,18 @@ from worker.admin.actions import ActionsView
 from worker.admin.breakers import BreakersView
 from worker.admin.curves import SPANS
 from worker.admin.formatting import moment, without_links
-from worker.admin.jobs import JobsView
+from worker.admin.jobs import JobsView, list_parameters
 from worker.admin.outputs import OutputsView, display_kind
 from worker.admin.plots import PLOTS, PlotsView
 from worker.admin.reader import AdminReader
+from worker.admin.trouble_buttons import trouble_button
+from worker.admin.webhooks import WebhooksView
 from worker.core.display import display_lines
 from worker.core.humanize import format_bytes, format_duration
 from worker.core.redaction.masking import link_host
 from worker.errors import Unavailable, WorkerError
 from worker.settings import Settings
 
-LIST_PARAMETERS = frozenset({"search", "status", "account", "kind", "code", "late", "held", "host", "job"})
 START_PLOTS = {name: PLOTS[name] for name in ("requests", "delay")}
 ASSETS = Path(__file__).with_name("assets")
 ASSET_TYPES = {"site.css": "text/css", "site.js": "text/javascript"}
@@ -59,6 +60,7 @@ def make_site(settings: Settings, access: AccessControl) -> Flask:
     admin = Admin(app, name="fetch-worker", index_view=StartView(reader))
     admin.add_view(JobsView(reader, name="Jobs", endpoint="jobs", url="/jobs"))
     admin.add_view(OutputsView(reader, name="Outputs", endpoint="outputs", url="/outputs"))
+    admin.add_view(WebhooksView(reader, name="Webhooks", endpoint="webhooks", url="/webhooks"))
     admin.add_view(BreakersView(reader, name="Accounts", endpoint="gates", url="/accounts"))
     admin.add_view(ActionsView(reader, name="Actions", endpoint="actions", url="/actions"))
     admin.add_view(PlotsView(reader, name="Plots", endpoint="plots", url="/plots"))
@@ -74,7 +76,8 @@ def make_site(settings: Settings, access: AccessControl) -> Flask:
             "menu": admin.menu(),
             "this_path": this_path,
             "display_kind": display_kind,
-            "without_before": _without_before,
+            "trouble_button": trouble_button,
+            "without_before": list_parameters,
         }
     )
     return app
@@ -85,11 +88,6 @@ def _display(response: Response) -> Response:
     if response.mimetype in ("text/html", "image/svg+xml") and not response.direct_passthrough:
         response.set_data(display_lines(response.get_data(as_text=True)))
     return response
-
-
-def _without_before() -> dict[str, str]:
-    """Return the parameters of the URL without the page. They reach `url_for` only as values."""
-    return {name: value for name, value in request.args.items() if name in LIST_PARAMETERS and value}
 
 
 def _asset(name: str) -> Response:

@@ -1,6 +1,6 @@
 """The command `status`: jobs by state, accounts, hosts and the learned pace."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +11,7 @@ from worker.client.connection import transaction
 from worker.core.humanize import format_duration
 from worker.operations.overview import KindState, Overview, overview, read_kinds
 from worker.settings import load
+from worker.store.reports.history import answered_lately
 from worker.store.reports.work_state import AccountState
 from worker.system.terminal import echo
 
@@ -22,15 +23,23 @@ def status(as_json: bool) -> None:
     settings = load()
     with transaction(settings) as connection:
         state, kinds = overview(connection, settings), read_kinds(connection)
+        asked = answered_lately(connection, now=state.work.now)
     if as_json:
-        print_json(_status_document(state, kinds))
+        print_json(_status_document(state, kinds, asked))
         return
     print_fields({name: count for name, count in state.jobs.items() if count} or {"jobs": "none yet"})
     rows = [
-        (account.account, f"{account.rps:g}/s", account.reason or "open", account.since, account.until)
+        (
+            account.account,
+            f"{account.rps:g}/s",
+            f"{asked.get(account.account, 0.0):g}/s" if asked else "",
+            account.reason or "open",
+            account.since,
+            account.until,
+        )
         for account in state.work.shown_accounts
     ]
-    print_table(("account", "rate limit", "state", "since", "until (UTC)"), rows, empty="no accounts yet")
+    print_table(("account", "rate limit", "asked", "state", "since", "until (UTC)"), rows, empty="no accounts yet")
     if state.work.hosts:
         hosts = [(host.host, host.reason, host.since, host.until) for host in state.work.hosts]
         print_table(("host", "held", "since", "until (UTC)"), hosts, empty="")
@@ -50,13 +59,18 @@ def status(as_json: bool) -> None:
         print_table(("trouble", "", "what to do"), troubles, empty="")
 
 
-def _status_document(state: Overview, kinds: Sequence[KindState]) -> dict[str, Any]:
+def _status_document(state: Overview, kinds: Sequence[KindState], asked: Mapping[str, float]) -> dict[str, Any]:
     return {
         "jobs": dict(state.jobs),
         "accounts": [
-            {"account": account.account, "hold": _hold(account), "rps": account.rps}
+            {
+                "account": account.account,
+                "hold": _hold(account),
+                "rps": account.rps,
+            }
             for account in state.work.shown_accounts
         ],
+        "asked_per_second": dict(asked),
         "hosts": [asdict(host) for host in state.work.hosts],
         "oldest_due_seconds": round(state.work.oldest_due_seconds, 3),
         "healthy": state.work.healthy,

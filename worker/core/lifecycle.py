@@ -30,6 +30,7 @@ JobStatus = Literal["pending", "downloading", "completed", "failed", "expired", 
 JOB_STATES: tuple[JobStatus, ...] = ("pending", "downloading", "completed", "failed", "expired", "cancelled")
 FINAL_STATES: frozenset[str] = frozenset({"completed", "failed", "expired", "cancelled"})
 OUTPUT_STATES = ("pending", "stored", "failed")
+EVENT_STATES = ("pending", "delivered", "failed")  # of webhook events
 
 CRASHED = "worker_crash"  # the error code of a job or output that ended its process again and again
 PRUNED = "pruned"  # the error code of an output that is being removed together with its job

@@ -4,6 +4,7 @@ This is the only place that decides so. `status`, `doctor`, `top`, the admin pag
 list. It comes from the database alone, so everyone sees the same.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -171,7 +172,7 @@ def _accounts(connection: Connection, work: WorkState) -> Iterator[Trouble]:
 
 def _held_account(account: AccountState, jobs: int, work: WorkState) -> Iterator[Trouble]:
     name, reason = account.account, mask_personal_data(account.reason or "")
-    resume = f"fetch-worker resume --account {name}"
+    resume = f"fetch-worker resume --account {shlex.quote(name)}"
     text = f"{_jobs(jobs)} of {name}: {reason}, for {_age(account.since, work)}"
     if account.reason == BY_OPERATOR:
         yield Trouble("held_by_operator", text, resume, jobs, account.since)
@@ -208,7 +209,7 @@ def _hosts(connection: Connection, work: WorkState) -> Iterator[Trouble]:
         jobs = count_late(connection, groups, before=work.now)
         reason = mask_personal_data(host.reason)
         text = f"{_jobs(jobs)} of {host.host}: {reason}, for {_age(host.since, work)}"
-        command = f"fetch-worker resume --host {host.host}"
+        command = f"fetch-worker resume --host {shlex.quote(host.host)}"
         if host.reason == BY_OPERATOR:
             code = "held_by_operator"
         elif host.reason.startswith(NOT_LISTED):
@@ -249,7 +250,7 @@ def _unreachable_outputs(group: UnstoredByHost, work: WorkState) -> Trouble:
         f"the oldest waits for {format_duration(group.oldest_seconds)}"
     )
     since = work.now - timedelta(seconds=group.oldest_seconds)
-    command = f"fetch-worker resume --output-code {group.code}"
+    command = f"fetch-worker resume --output-code {shlex.quote(group.code or '')}"
     return Trouble("outputs_unreachable", text, command, group.count, since)
 
 

@@ -19,24 +19,30 @@ function showLocalTimes(part) {
 }
 showLocalTimes(document);
 
-// A part with data-refresh is loaded again every so many seconds while the page is visible.
-for (const part of document.querySelectorAll("[data-refresh]")) {
-  setInterval(async () => {
-    if (document.hidden || part.contains(document.activeElement)) {
-      return;
+// The parts with data-refresh are loaded again every so many seconds while the page is visible.
+const refreshed = [...document.querySelectorAll("[data-refresh]")];
+
+async function refresh() {
+  if (document.hidden || refreshed.some((part) => part.contains(document.activeElement))) {
+    return;
+  }
+  try {
+    const answer = await fetch(location.href, { headers: { Accept: "text/html" } });
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const fresh = page.querySelectorAll("[data-refresh]");
+    if (!answer.ok || fresh.length !== refreshed.length) {
+      throw new Error(answer.statusText);
     }
-    try {
-      const answer = await fetch(location.href, { headers: { Accept: "text/html" } });
-      const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-      const fresh = page.querySelector("[data-refresh]");
-      if (!answer.ok || !fresh) {
-        throw new Error(answer.statusText);
-      }
-      part.replaceChildren(...fresh.childNodes);
+    refreshed.forEach((part, place) => {
+      part.replaceChildren(...fresh[place].childNodes);
       part.classList.remove("stale");
       showLocalTimes(part);
-    } catch {
-      part.classList.add("stale");
-    }
-  }, Number(part.dataset.refresh) * 1000);
+    });
+  } catch {
+    refreshed.forEach((part) => part.classList.add("stale"));
+  }
+}
+
+if (refreshed.length) {
+  setInterval(refresh, Number(refreshed[0].dataset.refresh) * 1000);
 }

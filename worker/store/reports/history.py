@@ -16,6 +16,7 @@ from worker.store.schema import history
 
 KEPT = timedelta(days=8)
 MINUTE = timedelta(minutes=1)
+RECENT = timedelta(minutes=3)
 
 
 def record_history(connection: Connection, *, now: datetime, full_rps: Callable[[str], float]) -> timedelta:
@@ -46,6 +47,21 @@ def latest_history(connection: Connection) -> datetime | None:
     """Return the last minute of the history, or None."""
     minute: datetime | None = connection.execute(select(func.max(history.c.minute))).scalar()
     return minute
+
+
+def answered_lately(connection: Connection, *, now: datetime) -> dict[str, float]:
+    """Return the requests per second that the API answered, by account, between the last two samples.
+
+    Empty if the last one is older than three minutes.
+    """
+    query = select(history).where(history.c.minute > now - RECENT).order_by(history.c.minute.desc()).limit(2)
+    rows = connection.execute(query).all()
+    if len(rows) < 2:
+        return {}
+    after, before = (json.loads(row.body)["accounts"] for row in rows)
+    seconds = (rows[0].minute - rows[1].minute).total_seconds()
+    answers = {name: state["answers"] - before.get(name, {}).get("answers", 0) for name, state in after.items()}
+    return {name: round(count / seconds, 2) for name, count in answers.items() if count >= 0}
 
 
 def _body(stats: Stats, totals: Iterable[Total]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pages of jobs and outputs, newest first, each read in a limited time even from millions of rows.
+"""Pages of jobs, outputs and webhooks, newest first, each read in a limited time even from millions of rows.
 
 A filter with an index is one query. Other filters are searched in windows of ids, from the newest id down. Each window
 is twice as wide as the previous one. The search ends when the page is full or its time has run out. The page has the id
@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Table, func, or_, select
 from worker.store.audit import latest_actions
 from worker.store.jobs import MAX_ID
 from worker.store.reports.search import JobFilter, Search, find_jobs, prepare_search
-from worker.store.schema import jobs, outputs
+from worker.store.schema import events, jobs, outputs
 
 WINDOW = 20_000  # ids in the first window
 LOOK_SECONDS = 0.08  # after this time, no other window is searched
@@ -29,6 +29,14 @@ class OutputFilter:
     code: str = ""
     host: str = ""
     job_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WebhookFilter:
+    """A filter for webhook events. Empty fields are ignored. `receiver` is a host, with a port if the URL has one."""
+
+    status: str = ""
+    receiver: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +116,39 @@ def _output_conditions(output_filter: OutputFilter) -> list[ColumnElement[bool]]
     if output_filter.code:
         conditions += [outputs.c.status != "stored", outputs.c.error_code == output_filter.code]
     if output_filter.host:
-        prefixes = (f"{scheme}://{output_filter.host}/" for scheme in ("https", "http"))
-        conditions.append(or_(*(outputs.c.url.startswith(prefix, autoescape=True) for prefix in prefixes)))
+        conditions.append(_is_at(outputs.c.url, output_filter.host))
     if output_filter.job_id is not None:
         conditions.append(outputs.c.job_id == output_filter.job_id)
     return conditions
+
+
+def _is_at(url: ColumnElement[Any], host: str) -> ColumnElement[bool]:
+    origins = [f"{scheme}://{host}" for scheme in ("https", "http")]
+    after_host = [url.startswith(origin + mark, autoescape=True) for origin in origins for mark in ("/", "?")]
+    return or_(url.in_(origins), *after_host)
+
+
+def webhooks_page(
+    connection: Connection,
+    webhook_filter: WebhookFilter,
+    *,
+    before: int | None,
+    limit: int,
+    clock: Callable[[], float] = time.monotonic,
+) -> Page:
+    """Return a page of webhook events with ids below `before`, without their bodies."""
+    conditions = [
+        *([events.c.status == webhook_filter.status] if webhook_filter.status else []),
+        *([events.c.due_at.is_not(None)] if webhook_filter.status == "pending" else []),
+        *([_is_at(events.c.url, webhook_filter.receiver)] if webhook_filter.receiver else []),
+    ]
+    query = select(*(column for column in events.c if column is not events.c.body)).where(*conditions)
+
+    def search_window(low: int, high: int, window_limit: int) -> Sequence[Row[Any]]:
+        window = query.where(events.c.id >= low, events.c.id < high)
+        return connection.execute(window.order_by(events.c.id.desc()).limit(window_limit)).all()
+
+    return _search_windows(connection, events, search_window, before, limit, clock)
 
 
 def _newest_outputs(
