@@ -25,7 +25,7 @@ from worker.store.schema import jobs
 UP = (sys.executable, "-c", "from worker.cli import main; main()", "up")
 KEY = "a-key-of-the-sandbox"
 LEASE = 5
-GRACE = 5.0  # seconds beyond the lease: two checks, the stack trace, and other load on the machine
+GRACE = 8.0  # seconds beyond the lease: two checks, the stack trace, and other load on the machine
 PROCFILE = "".join(
     f"{name}: celery -A worker.app worker --queues {queues} --pool threads --concurrency 4 --hostname {name}@%h"
     " --loglevel INFO --without-mingle --without-gossip\n"
