@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Row
 
+from worker.admin.recent_counts import RecentCounts
 from worker.coordination.rate_limiter import RateLimiter
 from worker.core.answer_history import AnswerNote, parse_history
 from worker.core.circuit_breaker import CircuitBreaker
@@ -75,6 +76,7 @@ class AdminReader:
     """Reads the data of the pages."""
 
     settings: Settings
+    count_jobs: RecentCounts = field(default_factory=RecentCounts)
 
     @property
     def engine(self) -> Engine:
@@ -124,7 +126,7 @@ class AdminReader:
     def start(self) -> StartPage:
         """Read the data of the overview page."""
         with self.connection() as (connection, _):
-            state = overview(connection, self.settings)
+            state = overview(connection, self.settings, self.count_jobs)
             now, dead = state.work.now, state.evidence.dead_holders
             claims = lost_claims(connection, self.settings, now, dead=dead)
         return StartPage(

@@ -1,6 +1,6 @@
 """Overview of all jobs, accounts and outputs, with the troubles and the learned paces."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection
@@ -58,10 +58,14 @@ class Overview:
         return self.evidence.unstored
 
 
-def overview(connection: Connection, settings: Settings) -> Overview:
+def overview(
+    connection: Connection,
+    settings: Settings,
+    count_jobs: Callable[[Connection], Mapping[str, int]] = count_by_state,
+) -> Overview:
     """Read the state of all jobs, accounts and outputs."""
     evidence = read_evidence(connection, settings)
-    job_counts = count_by_state(connection)
+    job_counts = count_jobs(connection)
     return Overview(
         jobs={state: job_counts.get(state, 0) for state in JOB_STATES},
         evidence=evidence,

@@ -228,16 +228,25 @@ def outputs_of(connection: Connection, job_ids: Sequence[int]) -> Sequence[Row[A
 
 
 def count_by_state(connection: Connection) -> dict[str, int]:
-    """Return the number of jobs in each state. It reads only indexes, because there may be millions of jobs.
+    """Return the number of jobs in each state. It reads only indexes, because there may be millions of jobs."""
+    pending = count_pending(connection)
+    return count_not_pending(connection) | ({"pending": pending} if pending else {})
+
+
+def count_not_pending(connection: Connection) -> dict[str, int]:
+    """Return the number of jobs in each state but `pending`."""
+    not_pending = select(jobs.c.status, func.count()).where(jobs.c.status != "pending").group_by(jobs.c.status)
+    return {row[0]: row[1] for row in connection.execute(not_pending)}
+
+
+def count_pending(connection: Connection) -> int:
+    """Return the number of pending jobs.
 
     A job with a due time is pending, or it is downloading and waits for fresh links.
     """
-    not_pending = select(jobs.c.status, func.count()).where(jobs.c.status != "pending").group_by(jobs.c.status)
-    counts = {row[0]: row[1] for row in connection.execute(not_pending)}
     with_due_time = select(func.count()).select_from(jobs).where(HAS_DUE_TIME)
     renewing = with_due_time.where(jobs.c.status == "downloading")
-    pending = connection.execute(with_due_time).scalar_one() - connection.execute(renewing).scalar_one()
-    return counts | ({"pending": pending} if pending else {})
+    return int(connection.execute(with_due_time).scalar_one() - connection.execute(renewing).scalar_one())
 
 
 def waiting_accounts(connection: Connection) -> list[str]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import Boolean, Double
+from sqlalchemy import Boolean, Double, String
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import ColumnElement
@@ -67,3 +67,27 @@ def _partial_index(element: HasDueTime, compiler: SQLCompiler, **options: Any) -
 @compiles(HasDueTime, "mysql", "mariadb")
 def _generated_column(element: HasDueTime, compiler: SQLCompiler, **options: Any) -> str:
     return str(compiler.process(waiting_account.is_not(None), **options))
+
+
+class DueAccount(ColumnElement[str]):
+    """The account of a job with a due time, in the form that the database's index of such jobs holds."""
+
+    type = String(64)
+    inherit_cache = True
+
+    @property
+    def _from_objects(self) -> list[Any]:
+        return [jobs]
+
+
+DUE_ACCOUNT: ColumnElement[Any] = DueAccount()
+
+
+@compiles(DueAccount)
+def _account(_element: DueAccount, compiler: SQLCompiler, **options: Any) -> str:
+    return str(compiler.process(jobs.c.account, **options))
+
+
+@compiles(DueAccount, "mysql", "mariadb")
+def _account_mysql(_element: DueAccount, compiler: SQLCompiler, **options: Any) -> str:
+    return str(compiler.process(waiting_account, **options))

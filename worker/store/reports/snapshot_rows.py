@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, Table, func, or_,
 from worker.core.lifecycle import JOB_STATES
 from worker.store.due_groups import DueGroup, in_due_group
 from worker.store.schema import IS_HELD, MYSQL_FAMILY, events, jobs, outputs
-from worker.store.sql_functions import HAS_DUE_TIME
+from worker.store.sql_functions import DUE_ACCOUNT, HAS_DUE_TIME
 
 COUNTED_MOST = 10_000  # jobs of one state; a larger number is shown as "more than"
 CLAIMS_MOST = 200
@@ -32,7 +32,7 @@ def count_jobs(connection: Connection) -> dict[str, int]:
 def count_in_state(connection: Connection, state: str) -> int:
     """Return the number of jobs in a state, up to COUNTED_MOST + 1."""
     if state == "pending":
-        query = select(jobs.c.account).where(HAS_DUE_TIME)
+        query = select(DUE_ACCOUNT).where(HAS_DUE_TIME)
         # In the order of its partial index, PostgreSQL stops early. MariaDB has another index.
         index_order = (jobs.c.account, jobs.c.priority, jobs.c.fetch_host, jobs.c.due_at)
         query = query if connection.dialect.name in MYSQL_FAMILY else query.order_by(*index_order)

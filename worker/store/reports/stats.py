@@ -16,7 +16,7 @@ from worker.store.counters import OTHER
 from worker.store.outputs import UnstoredGroup, unstored_by_code
 from worker.store.reports.work_state import WorkState
 from worker.store.schema import IS_HELD, jobs
-from worker.store.sql_functions import HAS_DUE_TIME
+from worker.store.sql_functions import DUE_ACCOUNT, HAS_DUE_TIME
 
 HELD = "held"
 STATES = (*JOB_STATES[:1], HELD, *JOB_STATES[1:])
@@ -89,7 +89,7 @@ def waiting_by_account(connection: Connection, *, now: datetime) -> list[Waiting
 
 def waiting_by_kind(connection: Connection, *, now: datetime) -> list[WaitingCount]:
     """Return the waiting jobs by account and kind. If there are very many, all kinds are counted together."""
-    waiting_jobs = select(jobs.c.account).where(HAS_DUE_TIME).limit(KINDS_COUNTED + 1)
+    waiting_jobs = select(DUE_ACCOUNT).where(HAS_DUE_TIME).limit(KINDS_COUNTED + 1)
     too_many = (
         connection.execute(select(func.count()).select_from(waiting_jobs.subquery())).scalar_one() > KINDS_COUNTED
     )
@@ -98,13 +98,13 @@ def waiting_by_kind(connection: Connection, *, now: datetime) -> list[WaitingCou
 
 def _waiting(connection: Connection, now: datetime, *by: ColumnElement[str]) -> list[WaitingCount]:
     query = select(
-        jobs.c.account,
+        DUE_ACCOUNT,
         *(by or (literal(OTHER),)),
         func.count(),
         _count(IS_HELD),
         _count(jobs.c.due_at <= now),
     )
-    waiting = query.where(HAS_DUE_TIME).group_by(jobs.c.account, *by)
+    waiting = query.where(HAS_DUE_TIME).group_by(DUE_ACCOUNT, *by)
     return [WaitingCount(*row) for row in connection.execute(waiting)]
 
 

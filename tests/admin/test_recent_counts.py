@@ -1,0 +1,61 @@
+"""The numbers of jobs on the overview: exact for few jobs, half a minute old for many final ones."""
+
+from collections.abc import Callable
+
+import pytest
+from sqlalchemy import Engine, event
+
+from tests.rows import NOW, add_job
+from worker.admin import recent_counts
+from worker.admin.recent_counts import RecentCounts
+
+FAILED = {"status": "failed", "due_at": None, "completed_at": NOW, "error_code": "api_failed"}
+
+
+@pytest.fixture
+def add(engine: Engine) -> Callable[..., None]:
+    def add_one(remote_id: str, **changes: object) -> None:
+        with engine.begin() as connection:
+            add_job(connection, remote_id, **changes)
+
+    return add_one
+
+
+def test_given_few_jobs_then_the_numbers_are_exact(engine: Engine, add: Callable[..., None]) -> None:
+    count_jobs = RecentCounts(lambda: 0.0)
+    add("1", **FAILED)
+    add("2")
+    with engine.connect() as connection:
+        first = count_jobs(connection)
+    add("3", **FAILED)
+    add("4")
+    with engine.connect() as connection:
+        second = count_jobs(connection)
+
+    assert first == {"failed": 1, "pending": 1}
+    assert second == {"failed": 2, "pending": 2}
+
+
+def test_given_many_final_jobs_then_they_are_counted_only_now_and_then_and_pending_ones_always(
+    engine: Engine, add: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recent_counts, "MANY", 1)
+    now = 0.0
+    count_jobs = RecentCounts(lambda: now)
+    add("1", **FAILED)
+    with engine.connect() as connection:
+        count_jobs(connection)
+    add("2", **FAILED)
+    add("3")
+    statements: list[str] = []
+    event.listen(engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
+
+    with engine.connect() as connection:
+        soon = count_jobs(connection)
+        counted = [statement for statement in statements if "GROUP BY" in statement]
+        now = 31.0
+        later = count_jobs(connection)
+
+    assert soon == {"failed": 1, "pending": 1}
+    assert counted == []
+    assert later == {"failed": 2, "pending": 1}
