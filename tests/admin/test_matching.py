@@ -103,7 +103,7 @@ def test_given_a_url_with_other_parameters_then_they_do_not_reach_the_next_addre
     assert answer.location == "/jobs/?status=failed"
 
 
-def test_given_that_the_time_is_over_then_the_page_says_how_to_change_the_rest(
+def test_given_that_the_time_has_run_out_then_the_page_says_how_to_change_the_rest(
     operator: Operator, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job_actions, "MATCHING_SECONDS", 0.0)
@@ -117,7 +117,7 @@ def test_given_that_the_time_is_over_then_the_page_says_how_to_change_the_rest(
     (message,) = messages(operator.client.get(answer.location).text)
 
     assert first == ["0 jobs cancelled."]
-    assert message.startswith("300 jobs retried. The time of the page is over")
+    assert message.startswith("300 jobs retried. The page stopped after")
     assert "`fetch-worker retry --status failed`" in message
     assert count(engine, "failed") == MANY - 300
 

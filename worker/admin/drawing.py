@@ -12,7 +12,7 @@ from worker.admin.curves import Curve, Span
 TICK_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 TIME_STEPS = tuple(timedelta(minutes=minutes) for minutes in (15, 30, 60, 120, 240, 360, 720, 1440, 2880))
 SMALLEST = 1e-9  # a smaller value is drawn as 0
-GAP_STEPS = 2.5  # points further apart than so many steps are not connected
+GAP_STEPS = 2.5  # points that are further apart than this number of steps are not connected
 LINE_HEIGHT = 20
 LEGEND_GAP = 6  # between the labels of the time and the legend
 LETTER_WIDTH = 6.4  # of the 12 pixel font, at most, on average
@@ -116,7 +116,7 @@ def value_ticks(largest: float) -> list[float]:
 
 
 def time_ticks(start: datetime, end: datetime, *, most: int) -> list[datetime]:
-    """Return the round times, in UTC, between two moments: at most so many.
+    """Return the round times, in UTC, between two moments, at most `most`.
 
     >>> start = datetime(2026, 1, 2, 0, 5, tzinfo=UTC)
     >>> [f"{moment:%H:%M}" for moment in time_ticks(start, start + timedelta(hours=3), most=4)]

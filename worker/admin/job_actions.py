@@ -115,7 +115,7 @@ def apply_to_matching(action: Action, job_filter: JobFilter, settings: Settings,
             error = f" The others were not changed: {unavailable}."
     if over:
         command = f"fetch-worker {action} {filter_options(job_filter)}"
-        error = f" The time of the page is over, so some may be left: do it again, or run `{command}`."
+        error = f" The page stopped after {MATCHING_SECONDS:g} s, so some may be left: do it again, or run `{command}`."
     return f"{format_count(changed, 'job')} {JOB_ACTIONS[action].done}.{error}"
 
 
