@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import requests
 from sqlalchemy.engine import make_url
 
+from tests.django_site import configure_django
 from tests.docs.manual import README, ROOT, blocks
 from worker import get, track
 from worker.store.engine import make_engine
@@ -86,13 +87,11 @@ def test_the_flask_example_tracks_a_job(fetch_api: FetchApi, fetch_worker: Fetch
 
 
 def test_the_django_example_tracks_a_job(fetch_api: FetchApi, fetch_worker: FetchWorker) -> None:
-    from django.conf import settings
     from django.http import JsonResponse
     from django.test import RequestFactory
     from django.urls import path
 
-    if not settings.configured:
-        settings.configure(ALLOWED_HOSTS=["testserver"], SECRET_KEY="k")
+    configure_django()
     names = _example("Django", JsonResponse=JsonResponse, path=path)
     order = json.dumps({"prompt": "a lake at dawn"})
     posted = names["submit"](RequestFactory().post("/pictures", order, content_type="application/json"))

@@ -16,6 +16,7 @@ from sqlalchemy.engine import make_url
 
 import worker
 from tests.apps import asgi, wsgi
+from tests.django_site import configure_django
 from tests.rows import read_job
 from tests.servers import celery_worker
 from worker.client import hooks
@@ -287,29 +288,11 @@ def flask_app() -> AbstractContextManager[str]:
     return wsgi(app)
 
 
-class UrlConf:
-    """A Django URLconf with the handler."""
-
-    def __init__(self) -> None:
-        from django.urls import include, path
-
-        self.urlpatterns = [path("api-hook/", include("worker.client.hooks.django"))]
-
-
 def django_app() -> AbstractContextManager[str]:
     """Serve a Django site with the handler and with CSRF protection."""
-    from django.conf import settings
     from django.core.handlers.wsgi import WSGIHandler
 
-    if not settings.configured:
-        protected = ["django.middleware.common.CommonMiddleware", "django.middleware.csrf.CsrfViewMiddleware"]
-        settings.configure(
-            SECRET_KEY="x",
-            ALLOWED_HOSTS=["127.0.0.1"],
-            MIDDLEWARE=protected,
-            LOGGING_CONFIG=None,
-            ROOT_URLCONF=UrlConf(),
-        )
+    configure_django()
     return wsgi(WSGIHandler())
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy.engine import make_url
 
+from tests.django_site import configure_django
 from tests.docs.manual import PAGES, TEXTS, block_with, blocks
 from tests.servers import celery_worker
 from worker.client import tracking
@@ -122,11 +123,9 @@ def test_the_django_views_take_a_prompt_to_a_picture(
 @pytest.fixture
 def django_requests() -> Any:
     """A factory of Django's requests."""
-    from django.conf import settings
     from django.test import RequestFactory
 
-    if not settings.configured:
-        settings.configure(ALLOWED_HOSTS=["testserver"], SECRET_KEY="k")
+    configure_django()
     return RequestFactory()
 
 
