@@ -15,6 +15,7 @@ from typing import Any
 from celery import bootsteps
 from celery.signals import worker_init, worker_process_init, worker_shutting_down
 from celery.utils.log import get_logger
+from celery.worker.state import reserved_requests
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker.app import app, settings
@@ -51,6 +52,8 @@ PUBLISHER_SECONDS = 2.0
 REGISTRATION_SECONDS = 2.0
 EVENTS_SECONDS = 0.25
 WAKE_SECONDS = 0.05
+IDLE_WAKE_SECONDS = 1.0
+QUIET_SECONDS = 2.0  # without a task, after which the event loop may sleep longer
 EVENTS_PER_BATCH = 500
 THREADED_POOLS = ("celery.concurrency.thread", "celery.concurrency.prefork")  # run tasks outside of the event loop
 
@@ -203,14 +206,20 @@ class EventLoopTimers(bootsteps.StartStopStep):  # type: ignore[misc]  # celery 
     """Timers that keep the consumer's event loop responsive.
 
     A loop whose pool places were all taken stops reading from Redis. In the threads pool nothing wakes it when a place
-    is free again: it would sleep on a full queue until some timer of its own. This step wakes it twenty times a second.
-    Task events are sent in batches a few times a second, since each message costs as much as a small task.
+    is free again: it would sleep on a full queue until some timer of its own. While there are tasks, this step wakes it
+    twenty times a second. Task events are sent in batches a few times a second, since each message costs as much as a
+    small task. Without tasks, once a second is enough: each pass of the loop takes processor time.
     """
 
     requires = ("celery.worker.consumer.events:Events",)
 
     def __init__(self, consumer: Any, **options: Any) -> None:
         self._timers: list[Any] = []
+        self._hub: Any = None
+        self._beat: Callable[[], object] = _wake_loop
+        self._flush: Callable[[], object] | None = None
+        self._busy = True
+        self._busy_until = 0.0
         super().__init__(consumer, **options)
 
     def start(self, consumer: Any) -> None:
@@ -222,17 +231,40 @@ class EventLoopTimers(bootsteps.StartStopStep):  # type: ignore[misc]  # celery 
         if type(consumer.pool).__module__ in THREADED_POOLS:  # in other pools a long task would block the loop
             loop = Loop()
             watchdog.watch("the event loop", loop)
-            self._timers.append(hub.call_repeatedly(WAKE_SECONDS, loop.beat))
-        else:
-            self._timers.append(hub.call_repeatedly(WAKE_SECONDS, _wake_loop))
+            self._beat = loop.beat
         if events is not None and events.on_send_buffered is not None:
             events.buffer_limit = EVENTS_PER_BATCH
             events.on_send_buffered = _wake_loop
-            self._timers.append(hub.call_repeatedly(EVENTS_SECONDS, consumer._flush_events))
+            self._flush = consumer._flush_events
+        self._hub = hub
+        self._set_timers(busy=True)
+        hub.on_tick.add(self._adapt)
 
     def stop(self, consumer: Any) -> None:
         """Cancel the timers when the connection is lost or the worker ends."""
         watchdog.forget("the event loop")
+        if self._hub is not None:
+            self._hub.on_tick.discard(self._adapt)
+        self._cancel_timers()
+        self._hub, self._beat, self._flush = None, _wake_loop, None
+
+    def _adapt(self) -> None:
+        """Choose the timers, in each pass of the loop, before it waits."""
+        now = time.monotonic()
+        if reserved_requests:
+            self._busy_until = now + QUIET_SECONDS
+        busy = now < self._busy_until
+        if busy != self._busy:
+            self._set_timers(busy=busy)
+
+    def _set_timers(self, *, busy: bool) -> None:
+        self._cancel_timers()
+        self._busy = busy
+        self._timers.append(self._hub.call_repeatedly(WAKE_SECONDS if busy else IDLE_WAKE_SECONDS, self._beat))
+        if self._flush is not None:
+            self._timers.append(self._hub.call_repeatedly(EVENTS_SECONDS if busy else IDLE_WAKE_SECONDS, self._flush))
+
+    def _cancel_timers(self) -> None:
         while self._timers:
             self._timers.pop().cancel()
 
