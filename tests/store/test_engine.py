@@ -1,5 +1,6 @@
 """Engines: waiting for a full server, replacing broken connections, transaction settings, the database's clock."""
 
+import threading
 import time
 from base64 import b64encode
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from worker.store.engine import (
     LOCK_WAIT,
     RELAXED,
     SNAPSHOT,
+    close_unused_connections,
     database_now,
     engine_for,
     error_kind,
@@ -276,3 +278,63 @@ def test_given_a_snapshot_when_other_transactions_write_then_they_do_not_wait_an
 
     assert (before, during, after) == (0, 0, 2)
     assert waited < 5
+
+
+def test_given_connections_that_are_not_needed_any_more_then_they_are_closed_and_the_used_one_stays(
+    engine: Engine,
+) -> None:
+    own = make_engine(engine.url)
+    try:
+        connections = [own.connect() for _ in range(3)]
+        for connection in connections:
+            connection.close()
+        first = close_unused_connections(own)
+        pool = own.pool
+        assert isinstance(pool, engine_module.FrugalPool)
+        for _ in range(3):  # the same connection each time: the others stay unused
+            time.sleep(0.1)
+            with own.connect() as connection:
+                connection.execute(text("SELECT 1"))
+        closed = pool.close_unused(0.2)
+
+        assert (first, closed) == (0, 2)
+        assert (pool.checkedin(), pool.overflow()) == (1, 1 - engine_module.POOL_KEEPS)
+        for connection in [own.connect(), own.connect()]:
+            connection.close()
+        assert pool.checkedin() == 2
+    finally:
+        own.dispose()
+
+
+def test_given_a_pool_in_use_by_threads_when_unused_connections_are_closed_then_every_query_works(
+    engine: Engine,
+) -> None:
+    own = make_engine(engine.url)
+    errors: list[Exception] = []
+    stopping = threading.Event()
+
+    def query() -> None:
+        while not stopping.is_set():
+            try:
+                with own.connect() as connection:
+                    connection.execute(text("SELECT 1"))
+            except Exception as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=query) for _ in range(6)]
+    try:
+        for thread in threads:
+            thread.start()
+        pool = own.pool
+        assert isinstance(pool, engine_module.FrugalPool)
+        until = time.monotonic() + 1.0
+        while time.monotonic() < until:
+            pool.close_unused(0.001)
+    finally:
+        stopping.set()
+        for thread in threads:
+            thread.join()
+        checked_out = own.pool.checkedout()  # type: ignore[attr-defined]  # of a QueuePool
+        own.dispose()
+    assert errors == []
+    assert checked_out == 0

@@ -15,7 +15,7 @@ from worker.coordination.rate_limiter import redis_client
 from worker.core.queues import POLLS
 from worker.errors import WorkerError
 from worker.settings import Settings
-from worker.store.engine import database_now
+from worker.store.engine import close_unused_connections, database_now
 from worker.store.processes import RECORD_SECONDS, WorkerProcess, record_process, remove_process
 from worker.system.process_identity import holder_name
 
@@ -60,6 +60,7 @@ class Registration:
                 self.record()
             except (SQLAlchemyError, WorkerError) as error:
                 log.debug("this process is not recorded reason=%s", type(error).__name__)
+            close_unused_connections(self._engine)
             if stopping.wait(RECORD_SECONDS):
                 break
         try:

@@ -24,6 +24,8 @@ from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL
 from sqlalchemy.engine.interfaces import ExceptionContext
 from sqlalchemy.exc import DataError, DBAPIError, DisconnectionError, InvalidatePoolError
+from sqlalchemy.pool import QueuePool
+from sqlalchemy.util.queue import Empty
 
 from worker.errors import DeploymentError, SchemaOutdated, SettingsError
 from worker.store.database_errors import FULL, TOO_LARGE, driver_meaning, is_conflict
@@ -42,6 +44,7 @@ MYSQL_LOCK_SECONDS = 5
 STATEMENT_TIMEOUT_SECONDS = 60
 IDLE_IN_TRANSACTION_SECONDS = 60  # a process that hangs in a transaction keeps its locks no longer than this
 IDLE_SECONDS = 2.0
+UNUSED_SECONDS = 5.0  # after which an idle process closes a connection
 POOL_KEEPS, POOL_ADDS = 4, 4  # no transaction waits for the API, so a few connections are enough for many threads
 FULL_SECONDS = 10.0  # how long to retry if the server has no free connection
 ENCODING = "UTF8"
@@ -168,7 +171,14 @@ def make_engine(url: URL, *, any_encoding: bool = False, **arguments: Any) -> En
     if backend == "sqlite" and url.database and not url.database.startswith((":memory:", "file:")):
         _make_private_file(Path(url.database))
     try:
-        engine = create_engine(url, pool_size=POOL_KEEPS, max_overflow=POOL_ADDS, hide_parameters=True, **arguments)
+        # The connection that was used last is used first, so that the others stay unused and can be closed.
+        pool: dict[str, Any] = {
+            "pool_size": POOL_KEEPS,
+            "max_overflow": POOL_ADDS,
+            "poolclass": FrugalPool,
+            "pool_use_lifo": True,
+        }
+        engine = create_engine(url, hide_parameters=True, **(pool | arguments))
     except ImportError as missing:
         extra = {"postgresql": "postgres"}.get(backend, "mysql")
         raise SettingsError(f"DATABASE_URL needs {missing.name}: pip install 'fetch-worker[{extra}]'") from None
@@ -187,6 +197,31 @@ def make_engine(url: URL, *, any_encoding: bool = False, **arguments: Any) -> En
         event.listen(engine, "connect", _prepare_mysql)
         event.listen(engine, "begin", _begin_mysql)
     return engine
+
+
+class FrugalPool(QueuePool):
+    """A pool that can close the connections it has not needed lately. A server has few, and other processes wait."""
+
+    def close_unused(self, seconds: float) -> int:
+        """Close the idle connections that were not used for some seconds. Return how many."""
+        records = []
+        with suppress(Empty):
+            while True:
+                records.append(self._pool.get(block=False))
+        before, closed = time.monotonic() - seconds, 0
+        for record in reversed(records):  # the one that was used last is put back last
+            if record.info.get(_USED, before) < before:
+                record.close()
+                self._dec_overflow()
+                closed += 1
+            else:
+                self._do_return_conn(record)
+        return closed
+
+
+def close_unused_connections(engine: Engine) -> int:
+    """Close the connections of the pool that were not used for `UNUSED_SECONDS`. Return how many."""
+    return engine.pool.close_unused(UNUSED_SECONDS) if isinstance(engine.pool, FrugalPool) else 0
 
 
 def _connect_options(url: URL) -> dict[str, Any]:
