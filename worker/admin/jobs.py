@@ -127,7 +127,7 @@ class JobsView(RowsView):
             late_options=LATE,
             output_codes=OUTPUT_CODES,
             job_actions=JOB_ACTIONS.values(),
-            filter_actions=[] if problem or text("search") or requested_filter() == JobFilter() else FILTER_ACTIONS,
+            filter_actions=[] if problem or text("search") or job_filter == JobFilter() else FILTER_ACTIONS,
         )
         return None, page.rows
 

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from flask import url_for
@@ -18,7 +18,7 @@ class TroubleButton:
 
     label: str
     target: str
-    fields: Sequence[tuple[str, str]] = field(default=())
+    fields: Sequence[tuple[str, str]] = ()
 
 
 def trouble_button(trouble: Trouble) -> TroubleButton | None:

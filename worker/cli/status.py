@@ -63,11 +63,7 @@ def _status_document(state: Overview, kinds: Sequence[KindState], asked: Mapping
     return {
         "jobs": dict(state.jobs),
         "accounts": [
-            {
-                "account": account.account,
-                "hold": _hold(account),
-                "rps": account.rps,
-            }
+            {"account": account.account, "hold": _hold(account), "rps": account.rps}
             for account in state.work.shown_accounts
         ],
         "asked_per_second": dict(asked),

@@ -209,7 +209,7 @@ class FrugalPool(QueuePool):
             while True:
                 records.append(self._pool.get(block=False))
         before, closed = time.monotonic() - seconds, 0
-        for record in reversed(records):  # the one that was used last is put back last
+        for record in reversed(records):  # the one that was used last is returned last
             if record.info.get(_USED, before) < before:
                 record.close()
                 self._dec_overflow()
