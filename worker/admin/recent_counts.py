@@ -14,19 +14,25 @@ RECENT_SECONDS = 30.0
 class RecentCounts:
     """Counts the jobs. May be called from any thread.
 
-    Counting a million final jobs takes the database some 50 ms. If there are many, their numbers may be half a minute
-    old. Pending jobs are always counted.
+    Counting a million jobs takes the database some 50 ms. So a number of many jobs may be half a minute old. Final jobs
+    and pending jobs are counted apart: few pending jobs are always counted, however many final ones there are.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._counts: dict[str, int] = {}
-        self._counted_at = float("-inf")
+        self._last: dict[Callable[[Connection], dict[str, int]], tuple[dict[str, int], float]] = {}
 
     def __call__(self, connection: Connection) -> dict[str, int]:
         """Return the number of jobs in each state that has jobs."""
-        counts, now = self._counts, self._clock()
-        if sum(counts.values()) < MANY or now - self._counted_at > RECENT_SECONDS:
-            counts = count_not_pending(connection)
-            self._counts, self._counted_at = counts, now
-        return counts | {"pending": count_pending(connection)}
+        return self._recent(count_not_pending, connection) | self._recent(_pending, connection)
+
+    def _recent(self, count: Callable[[Connection], dict[str, int]], connection: Connection) -> dict[str, int]:
+        counts, counted_at = self._last.get(count, ({}, 0.0))
+        if sum(counts.values()) < MANY or self._clock() - counted_at > RECENT_SECONDS:
+            counts = count(connection)
+            self._last[count] = (counts, self._clock())
+        return counts
+
+
+def _pending(connection: Connection) -> dict[str, int]:
+    return {"pending": count_pending(connection)}
