@@ -104,6 +104,13 @@ def test_given_the_time_to_import_sqlalchemy_when_commands_start_then_they_take_
     assert fastest(str(COMMAND), "doctor", "--liveness") < 3.5 * sqlalchemy
 
 
+def test_given_a_terminal_of_eighty_columns_then_no_summary_of_the_help_is_cut() -> None:
+    context = click.Context(group, info_name="fetch-worker", terminal_width=80)
+    _, _, commands = group.get_help(context).partition("Commands:")
+    assert len(commands.strip().splitlines()) == len(COMMANDS)
+    assert "..." not in commands
+
+
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_given_a_listed_command_then_its_summary_is_the_first_sentence_of_its_help(name: str) -> None:
     command = group.commands[name]

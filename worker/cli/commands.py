@@ -22,7 +22,7 @@ COMMANDS = {
     "compare-api": LazyCommand("worker.cli.compare:compare_api", "Compare answers of the API and of the stand-in."),
     "copy-database": LazyCommand(
         "worker.cli.copy_database:copy_database",
-        "Copy all jobs, outputs and statistics from DATABASE_URL into another, empty database.",
+        "Copy all rows of DATABASE_URL into an empty database.",
     ),
     "demo": LazyCommand("worker.cli.demo:demo", "Run a demo: from prompts to stored pictures."),
     "docs": LazyCommand("worker.cli.docs:docs", "List the topics of the manual, or print the page of TOPIC."),
@@ -32,7 +32,7 @@ COMMANDS = {
     "metrics": LazyCommand("worker.cli.metrics:metrics", "Print or serve Prometheus metrics."),
     "migrate": LazyCommand("worker.cli.migrate:migrate", "Create the tables, or migrate them to this version."),
     "move-storage": LazyCommand(
-        "worker.cli.move_storage:move_storage", "Move stored outputs to the storage that STORAGE_URL names now."
+        "worker.cli.move_storage:move_storage", "Move stored outputs to the storage of STORAGE_URL."
     ),
     "notify": LazyCommand("worker.cli.notify:notify", "Send the webhooks of jobs again."),
     "parse": LazyCommand("worker.cli.parse:parse", "Show how the worker reads an answer of the API."),

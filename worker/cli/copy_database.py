@@ -33,7 +33,7 @@ def _target(context: click.Context, argument: click.Parameter, value: str) -> UR
 @click.option("--force", is_flag=True, help="Copy even if worker processes use the databases.")
 @json_option
 def copy_database(target_url: URL, force: bool, as_json: bool) -> int:
-    """Copy all jobs, outputs and statistics from DATABASE_URL into another, empty database.
+    """Copy all rows of DATABASE_URL into an empty database.
 
     The databases may be of different kinds: PostgreSQL, SQLite, MariaDB. The tables are created in the target. With -
     the target's URL is read from standard input, so that other users of the host can't see its password. Stop the

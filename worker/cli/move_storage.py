@@ -26,7 +26,7 @@ THREADS = 8
 @click.option("--yes", is_flag=True, help="Do not ask before moving.")
 @json_option
 def move_storage(keep_old: bool, threads: int, dry_run: bool, yes: bool, as_json: bool) -> int:
-    """Move stored outputs to the storage that STORAGE_URL names now.
+    """Move stored outputs to the storage of STORAGE_URL.
 
     Each file is copied and compared with the size and SHA-256 in its row. Then its row gets the new location, and the
     old file is removed. Workers may run meanwhile. If the command is stopped, the same command does the rest. Exit code
