@@ -16,7 +16,7 @@ from sqlalchemy import CheckConstraint, Engine, UniqueConstraint, insert, inspec
 from tests.rows import job_values
 from worker.errors import SchemaOutdated, Unavailable
 from worker.store import migrate as migrate_module
-from worker.store.engine import SCHEMA_VERSION, check_schema, schema_version
+from worker.store.engine import SCHEMA_VERSION, check_schema, missing_tables, schema_version
 from worker.store.migrate import migrate, scripts
 from worker.store.schema import VERSION_TABLE, jobs, metadata
 
@@ -140,6 +140,39 @@ def test_an_apps_tables_and_history_are_not_changed(empty: Engine, app_scripts: 
         assert schema_version(connection) == SCHEMA_VERSION
         assert connection.execute(select(jobs.c.remote_id)).scalars().all() == ["1"]
     _run(empty, scripts(), "check")
+
+
+DROPPED = [
+    ["fetch_outputs", "fetch_output_bodies"],
+    ["fetch_actions"],
+    ["fetch_processes", "fetch_late_looks"],
+    ["fetch_totals"],
+    sorted(metadata.tables),
+]
+
+
+@pytest.mark.parametrize("dropped", DROPPED, ids=lambda names: names[0] if len(names) < 3 else "all")
+def test_given_dropped_tables_when_migrate_runs_then_they_are_back_and_the_others_unchanged(
+    empty: Engine, dropped: list[str]
+) -> None:
+    """An app's autogenerate may have dropped them, while the version table says that all is there."""
+    migrate(empty)
+    with empty.begin() as connection:
+        connection.execute(insert(jobs).values(job_values()))
+        for table in reversed(metadata.sorted_tables):
+            if table.name in dropped:
+                connection.execute(text(f"DROP TABLE {table.name}"))
+    with empty.connect() as connection:
+        assert missing_tables(connection) == sorted(dropped)
+
+    assert migrate(empty) == (SCHEMA_VERSION, SCHEMA_VERSION)
+
+    assert _tables(empty) == OURS
+    _run(empty, scripts(), "check")
+    with empty.connect() as connection:
+        assert missing_tables(connection) == []
+        left = connection.execute(select(jobs.c.remote_id)).scalars().all()
+    assert left == ([] if "fetch_jobs" in dropped else ["1"])
 
 
 def test_tables_of_a_newer_version_raise_an_error_and_are_not_changed(empty: Engine) -> None:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from kombu.connection import Connection as BrokerConnection
@@ -19,12 +20,21 @@ from sqlalchemy.exc import SQLAlchemyError
 from worker.coordination.rate_limiter import redis_client
 from worker.core.on_done_name import task_and_queue
 from worker.errors import SettingsError, StorageTrouble, WorkerError
+from worker.operations.app_migrations import check_app_migrations
 from worker.operations.liveness import Check
 from worker.operations.overview import overview
 from worker.settings import Settings
 from worker.storage.select import storage_for
 from worker.store.database_identity import database_id
-from worker.store.engine import check_schema, database_now, engine_for, is_writable, shown_url, translate_errors
+from worker.store.engine import (
+    check_schema,
+    database_now,
+    engine_for,
+    is_writable,
+    missing_tables,
+    shown_url,
+    translate_errors,
+)
 from worker.store.on_done import recent_on_done
 from worker.store.reports.server_state import HISTORY_MOST, ServerState, server_state
 from worker.system.own_package import OWN_PACKAGE, advice, other_worker, python_path
@@ -92,6 +102,7 @@ def run_checks(settings: Settings, nodes: Nodes, *, queues: Mapping[str, str]) -
     yield database
     if database.ok:
         yield from _with_tables(settings)
+        yield from _migrations(settings)
         yield from _server(settings)
     yield _redis(settings)
     if settings.broker_url is not None:
@@ -130,6 +141,7 @@ def _database(settings: Settings) -> Check:
         with translate_errors(settings.database), engine.connect() as connection:
             skew = (database_now(connection) - datetime.now(UTC)).total_seconds()
             writable = is_writable(connection)
+            missing = missing_tables(connection)
         elapsed = time.monotonic() - started
     except WorkerError as error:
         return Check("database", False, str(error))
@@ -137,6 +149,9 @@ def _database(settings: Settings) -> Check:
         return Check(
             "database", False, f"{url} refused a query ({type(error).__name__}): check the log of the database"
         )
+    if missing:
+        dropped = f"{url} has no table {', '.join(missing)}: restore a backup, or run"
+        return Check("database", False, f"{dropped} `fetch-worker migrate`, which makes empty ones")
     if not writable:
         advice = "check whether it is a standby or was set to read-only. Work continues as soon as it accepts writes"
         return Check("database", False, f"{url} is read-only: {advice}")
@@ -171,6 +186,14 @@ def _with_tables(settings: Settings) -> Iterator[Check]:
             yield Check(area, False, f"{trouble.text}: {trouble.command}")
         if not troubles[area]:
             yield Check(area, True, message)
+
+
+def _migrations(settings: Settings) -> Iterator[Check]:
+    try:
+        with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
+            yield check_app_migrations(connection, Path.cwd())
+    except WorkerError as error:
+        yield Check("migrations", False, str(error))
 
 
 def _server(settings: Settings) -> Iterator[Check]:

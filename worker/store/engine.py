@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL
 from sqlalchemy.engine.interfaces import ExceptionContext
 from sqlalchemy.exc import DataError, DBAPIError, DisconnectionError, InvalidatePoolError
@@ -36,7 +36,7 @@ from worker.store.database_errors import is_missing_table as is_missing_table
 from worker.store.database_errors import is_server_error as is_server_error
 from worker.store.database_errors import shown_url as shown_url
 from worker.store.database_errors import translate_errors as translate_errors
-from worker.store.schema import MYSQL_FAMILY, VERSION_TABLE
+from worker.store.schema import MYSQL_FAMILY, VERSION_TABLE, metadata
 
 SCHEMA_VERSION = "0013"
 LOCK_TIMEOUT_SECONDS = 15
@@ -472,6 +472,11 @@ def schema_version(connection: Connection) -> str | None:
         return None
     version: str | None = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()  # noqa: S608  # a constant
     return version
+
+
+def missing_tables(connection: Connection) -> list[str]:
+    """Return our tables that are not in the database, sorted. Somebody may have dropped them."""
+    return sorted(metadata.tables.keys() - set(inspect(connection).get_table_names()))
 
 
 def check_schema(engine: Engine) -> None:

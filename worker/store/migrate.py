@@ -7,7 +7,7 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 from alembic.util.exc import CommandError
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from worker.errors import SchemaOutdated, Unavailable
@@ -18,9 +18,11 @@ from worker.store.engine import (
     UNLIMITED,
     check_schema,
     limit_statements,
+    missing_tables,
     schema_version,
     translate_errors,
 )
+from worker.store.schema import VERSION_TABLE, metadata
 
 _PACKAGE = Path(__file__).parents[1]
 _LOCK = 0x6665746368  # the number of the advisory lock that keeps two migrations apart ("fetch" in ASCII)
@@ -35,7 +37,7 @@ def scripts() -> Path:
 
 
 def migrate(engine: Engine) -> tuple[str | None, str | None]:
-    """Run the missing migrations; return the versions before and after.
+    """Run the missing migrations, and put back tables that were dropped. Return the versions before and after.
 
     Raises Unavailable if the database does not answer, and SchemaOutdated if its tables are newer than this version.
     """
@@ -47,6 +49,7 @@ def migrate(engine: Engine) -> tuple[str | None, str | None]:
         config.attributes["connection"] = connection
         try:
             command.upgrade(config, "head")
+            _put_back_tables(connection, config)
         except CommandError:
             raise SchemaOutdated(
                 f"the database schema is {before}, which this version ({SCHEMA_VERSION}) does not know:"
@@ -54,6 +57,16 @@ def migrate(engine: Engine) -> tuple[str | None, str | None]:
             ) from None
         connection.commit()
         return before, schema_version(connection)
+
+
+def _put_back_tables(connection: Connection, config: Config) -> None:
+    """Create the tables that were dropped although the version says that they are there."""
+    missing = missing_tables(connection)
+    if missing and connection.dialect.name == "sqlite":
+        metadata.create_all(connection, [metadata.tables[name] for name in missing])
+    elif missing:  # run all migrations again: each of them leaves alone what is there
+        connection.execute(text(f"DELETE FROM {VERSION_TABLE}"))  # noqa: S608  # a constant
+        command.upgrade(config, "head")
 
 
 def expand(engine: Engine) -> None:
