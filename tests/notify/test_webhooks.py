@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,8 @@ from worker.net.address_guard import Guard, guarded_adapter
 from worker.notify import webhooks
 from worker.notify.webhook_sender import TIMEOUT_SECONDS, WebhookSender
 from worker.notify.webhooks import MAX_DELIVERIES, PER_RECEIVER, Webhooks
+from worker.settings import Settings
+from worker.storage.select import public_addresses
 from worker.store.audit import actions_of, latest_actions
 from worker.store.engine import database_now
 from worker.store.events import claim_events, create_events, record_delivery, release_events
@@ -107,6 +110,7 @@ def _sender(
     network: str = "127.0.0.1/32",
     leases: LeaseKeeper | None = None,
     timeout: float = TIMEOUT_SECONDS,
+    address_of: Callable[[str], str | None] | None = None,
 ) -> Webhooks:
     guard = Guard([ipaddress.ip_network(network)] if network else [])
     return Webhooks(
@@ -117,6 +121,7 @@ def _sender(
             adapter=guarded_adapter(guard, connections=MAX_DELIVERIES),
             secrets=[secret_bytes(text) for text in secret_texts or (SECRET,)],
             timeout=timeout,
+            address_of=address_of,
         ),
         scrubber=Scrubber(["sk-canary", SECRET]),
     )
@@ -162,7 +167,7 @@ def test_a_final_job_is_delivered_once_with_all_that_an_app_needs(
         job_id = add_downloading(connection, "11", reference="order 7", webhook_url=receiver.url)
         stored = {"status": "stored", "due_at": None, "stored_at": NOW, "sha256": "a" * 64, "size_bytes": 3}
         place = {"location": "file:///out/1/0.png", "media_type": "image/png"}
-        add_output(connection, job_id, 0, **stored, **place)
+        output_id = add_output(connection, job_id, 0, **stored, **place)
     assert _deliver(sender) == 0
     with engine.begin() as connection:
         connection.execute(update(jobs).values(status="completed", completed_at=NOW))
@@ -184,6 +189,7 @@ def test_a_final_job_is_delivered_once_with_all_that_an_app_needs(
             "error_code": None,
             "outputs": [
                 {
+                    "id": output_id,
                     "position": 0,
                     "location": "file:///out/1/0.png",
                     "sha256": "a" * 64,
@@ -195,6 +201,31 @@ def test_a_final_job_is_delivered_once_with_all_that_an_app_needs(
     }
     (event,) = _events(engine)
     assert (event.status, event.attempts, event.http_status, event.error_message) == ("delivered", 1, 204, None)
+
+
+def test_given_a_public_address_then_stored_files_below_it_have_one(
+    engine: Engine, receiver: Receiver, tmp_path: Path
+) -> None:
+    """Not outputs in S3, whose URLs expire, nor files elsewhere, nor outputs that are not stored."""
+    settings = Settings(storage_url=f"file:{tmp_path}", storage_address="https://shop.example/pictures")
+    locations = [f"file://{tmp_path}/1/a%20b.png", "s3://bucket/1/0.png", "file:///elsewhere/0.png", None]
+    with engine.begin() as connection:
+        ended = {"status": "completed", "due_at": None, "ready_at": NOW, "completed_at": NOW}
+        job_id = add_job(connection, "1", **ended, webhook_url=receiver.url)
+        stored = {"status": "stored", "due_at": None, "stored_at": NOW, "sha256": "a" * 64, "size_bytes": 3}
+        for position, location in enumerate(locations[:3]):
+            add_output(connection, job_id, position, **stored, location=location, media_type="image/png")
+        add_output(connection, job_id, 3, status="failed", due_at=None, error_code="gone")
+
+    assert _deliver(_sender(engine, address_of=public_addresses(settings))) == 1
+
+    ((headers, text),) = receiver.received
+    outputs = Webhook(SECRET).verify(text, headers)["data"]["outputs"]
+    assert [output["location"] for output in outputs] == locations
+    assert [output.get("address") for output in outputs] == [
+        "https://shop.example/pictures/1/a%20b.png", None, None, None,
+    ]  # fmt: skip
+    assert public_addresses(Settings(storage_url=f"file:{tmp_path}")) is None
 
 
 @pytest.mark.parametrize("status", ["failed", "expired", "cancelled"])

@@ -8,12 +8,13 @@ import hashlib
 import hmac
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
 
+from worker.core.humanize import iso_time
 from worker.errors import NotTrackable
 
 SECRET_PREFIX = "whsec_"  # noqa: S105  # the prefix of every secret
@@ -39,13 +40,28 @@ def event_id(job_id: int, completed_at: datetime) -> str:
 
 def body(kind: str, at: datetime, data: Mapping[str, Any]) -> str:
     """Return the body of an event: JSON with `type`, `timestamp` (ISO 8601, UTC) and `data`."""
-    moment = at.isoformat().replace("+00:00", "Z")
-    return encode_body({"type": kind, "timestamp": moment, "data": data})
+    return encode_body({"type": kind, "timestamp": iso_time(at), "data": data})
 
 
 def encode_body(document: Mapping[str, Any]) -> str:
     """Return the text of an event's JSON document."""
     return json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+
+
+def with_addresses(text: str, address_of: Callable[[str], str | None] | None) -> str:
+    """Return the body of an event with the public address of each stored output that has one, as `address`.
+
+    >>> with_addresses('{"data":{"outputs":[{"location":"file:///a/1.png"}]}}', lambda location: "https://s/1.png")
+    '{"data":{"outputs":[{"location":"file:///a/1.png","address":"https://s/1.png"}]}}'
+    """
+    if address_of is None:
+        return text
+    document = json.loads(text)
+    for output in document["data"]["outputs"]:
+        address = address_of(output["location"]) if output["location"] else None
+        if address is not None:
+            output["address"] = address
+    return encode_body(document)
 
 
 def signature(secrets: Sequence[bytes], name: str, at: int, text: str) -> str:

@@ -13,7 +13,7 @@ from urllib3.exceptions import HTTPError
 
 from worker.coordination.leases import LeaseLost
 from worker.core.urls import percent_encoded
-from worker.core.webhook import headers
+from worker.core.webhook import headers, with_addresses
 from worker.net.address_guard import Guard, RefusedTarget
 from worker.net.deadlines import TimeLimit
 from worker.net.network_errors import describe
@@ -45,25 +45,29 @@ class WebhookSender:
         secrets: Sequence[bytes],
         user_agent: str = "fetch-worker",
         timeout: float = TIMEOUT_SECONDS,
+        address_of: Callable[[str], str | None] | None = None,
     ) -> None:
+        """`address_of` returns the public address of a stored output, if it has one."""
         self.secrets = tuple(secrets)
         self._guard = guard
         self._adapter = adapter
         self._user_agent = user_agent
         self._timeout = timeout
+        self._address_of = address_of
 
     def post(self, event: ClaimedEvent, sent_at: int, check_lease: Callable[[], None]) -> ReceiverAnswer:
         """Post an event, signed for the time `sent_at` (Unix seconds).
 
         `check_lease` is called right before a request is sent, and may raise LeaseLost.
         """
-        signed = headers(self.secrets, event.event_id, sent_at, event.body) | {"User-Agent": self._user_agent}
+        body = with_addresses(event.body, self._address_of)
+        signed = headers(self.secrets, event.event_id, sent_at, body) | {"User-Agent": self._user_agent}
         url, limit = percent_encoded(event.url), TimeLimit(self._timeout, check_lease)
         try:
             with limit:
                 self._guard.check_url(url)
                 timeout = (min(CONNECT_SECONDS, limit.remaining), limit.remaining)
-                with self._adapter.exchange("POST", url, signed, timeout, event.body.encode()) as answer:
+                with self._adapter.exchange("POST", url, signed, timeout, body.encode()) as answer:
                     status = answer.status
                     retry_after = _seconds(answer.headers.get("retry-after"))
             if limit.expired:  # truncated headers look like complete ones

@@ -30,7 +30,7 @@ from worker.process.dead_claims import log_released, release_dead_claims, sent_f
 from worker.process.publishing import log_broker_errors, queue_downloads, send_on_done
 from worker.process.redelivery import DatabaseOutage, DeliveryCounter
 from worker.process.run_requests import RunRequests
-from worker.storage.select import storage_for
+from worker.storage.select import public_addresses, storage_for
 from worker.store.claims import claim_holders
 from worker.store.engine import check_schema, engine_for
 from worker.store.repair import Repairer
@@ -179,6 +179,7 @@ class ProcessResources:
                 adapter=guarded_adapter(guard, connections=MAX_DELIVERIES),
                 secrets=settings.webhook_secrets,
                 user_agent=settings.user_agent,
+                address_of=public_addresses(settings),
             ),
             scrubber=self.scrubber,
         )

@@ -1,6 +1,7 @@
 """Select the storage for new outputs, by the settings, and for existing outputs, by their location."""
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,6 +40,23 @@ def storage_of(location: str, settings: Settings) -> Storage:
     if location.startswith("file:"):
         return FileStorage(settings.storage_path or DEFAULT_STORAGE, address=settings.storage_address or None)
     raise StorageTrouble(f"nothing can read {location[:200]}")
+
+
+def public_addresses(settings: Settings) -> Callable[[str], str | None] | None:
+    """Return a function from the location of an output to its lasting public address, or None if none has one.
+
+    That is the address of a file below STORAGE_ADDRESS. An object in S3 only has signed URLs, which expire.
+    """
+    if not settings.storage_address:
+        return None
+
+    def address_of(location: str) -> str | None:
+        if not location.startswith("file:"):
+            return None
+        url = storage_of(location, settings).url(location, 0.0)
+        return None if url == location else url
+
+    return address_of
 
 
 @locked_cache

@@ -15,7 +15,7 @@ from worker.store.jobs import outputs_of
 from worker.store.schema import events, jobs
 from worker.store.transitions import NO_CLAIM
 
-OUTPUT_FIELDS = ("position", "location", "sha256", "media_type", "size_bytes")
+OUTPUT_FIELDS = ("id", "position", "location", "sha256", "media_type", "size_bytes")
 
 
 @dataclass(frozen=True, slots=True)
