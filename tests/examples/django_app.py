@@ -1,6 +1,8 @@
 """A web app that generates pictures, with Django: `python django_app.py runserver`."""
 
+import hashlib
 import json
+import logging
 import os
 import secrets
 import sys
@@ -9,41 +11,82 @@ from dataclasses import asdict
 import requests
 from django.conf import settings
 from django.core.management import execute_from_command_line
-from django.http import FileResponse, Http404, HttpRequest, HttpResponse, JsonResponse
+from django.http import FileResponse, HttpRequest, HttpResponse, JsonResponse
 from django.urls import include, path
 
-from worker import get, open_output, track
+from worker import ApiRefused, Job, OutputMissing, WorkerError, get, get_output, open_output, track
 from worker.client.hooks import hook_url
 
 HOOK = os.environ.get("PUBLIC_URL", "http://127.0.0.1:8000") + "/api-hook"  # the URL at which the API calls the handler
 
+log = logging.getLogger(__name__)
+
+
+def visitor(request: HttpRequest) -> str:
+    """Return a name for the visitor, from a cookie that `page` sets. An app with users takes the user's id."""
+    return hashlib.sha256(request.COOKIES.get("visitor", "").encode()).hexdigest()[:16]
+
+
+def error(text: str, status: int) -> JsonResponse:
+    """Answer with the reason, for the page."""
+    return JsonResponse({"error": text}, status=status)
+
 
 def submit(request: HttpRequest) -> JsonResponse:
     """Submit a prompt to the API and track its answer."""
-    prompt = json.loads(request.body)["prompt"]
-    reference = secrets.token_urlsafe(9)
+    try:
+        prompt = json.loads(request.body)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        return error("The prompt is missing.", 400)
+    reference = f"{visitor(request)}-{secrets.token_urlsafe(9)}"
     order = {"key": os.environ["SD_API_KEY"], "prompt": prompt, "samples": 1, "webhook": hook_url(HOOK, reference)}
-    answer = requests.post(f"{os.environ['SD_API_URL']}/text2img", json=order, timeout=30).json()
-    return JsonResponse({"id": track(answer, reference=reference)})
+    try:
+        response = requests.post(f"{os.environ['SD_API_URL']}/text2img", json=order, timeout=30)
+    except requests.RequestException:
+        return error("The picture service does not answer. Try again.", 502)
+    try:
+        return JsonResponse({"id": track(response, reference=reference)})
+    except ApiRefused as refused:
+        return error(refused.message or "The picture service refused this.", 422)
+    except WorkerError as problem:  # the picture may be paid for: keep the answer, and track it later
+        log.error("not tracked (%s), hand this line to `fetch-worker track -`: %s", problem, response.text)
+        return error("Your picture is on its way, but this page can't show it yet.", 503)
+
+
+def own_job(request: HttpRequest, job_id: int) -> Job | None:
+    """Return a job of this visitor, or None."""
+    job = get(job_id)
+    return job if job is not None and (job.reference or "").startswith(visitor(request)) else None
 
 
 def picture(request: HttpRequest, job_id: int) -> JsonResponse:
-    """Return the progress of a job. An app with users must check here who owns it."""
-    job = get(job_id)
+    """Return the progress of a job."""
+    job = own_job(request, job_id)
     if job is None:
-        raise Http404
+        return error("There is no such picture.", 404)
     stored = [output.id for output in job.outputs if output.status == "stored"]
     return JsonResponse(asdict(job.progress()) | {"status": job.status, "stored": stored})
 
 
-def output(request: HttpRequest, output_id: int) -> FileResponse:
+def output(request: HttpRequest, output_id: int) -> HttpResponse:
     """Return a stored picture."""
-    return FileResponse(open_output(output_id), content_type="image/png")
+    output = get_output(output_id)
+    if output is None or own_job(request, output.job_id) is None:
+        return error("There is no such picture.", 404)
+    try:
+        file = open_output(output_id)
+    except OutputMissing:
+        return error("This picture is not stored.", 404)
+    headers = {"X-Content-Type-Options": "nosniff"}
+    return FileResponse(file, content_type=output.media_type or "application/octet-stream", headers=headers)
 
 
 def page(request: HttpRequest) -> HttpResponse:
-    """Return the page."""
-    return HttpResponse(PAGE)
+    """Return the page, and give the visitor a cookie."""
+    response = HttpResponse(PAGE)
+    secret = request.COOKIES.get("visitor") or secrets.token_urlsafe()
+    response.set_cookie("visitor", secret, httponly=True, samesite="Lax")
+    return response
 
 
 urlpatterns = [
@@ -68,20 +111,27 @@ progress { width: 100%; height: 1rem; margin-top: 1.5rem } img { width: 100%; bo
 <progress max="1" value="0" hidden></progress><p role="status"></p><div id="pictures"></div>
 <script>
 const [form, bar, message, pictures] = ["form", "progress", "p", "#pictures"].map(name => document.querySelector(name));
-const request = async (path, options) => (await fetch(path, options)).json();
+const request = async (path, options) => {
+  const answer = await fetch(path, options);
+  if (!answer.ok) throw new Error((await answer.json()).error);
+  return answer.json();
+};
 const within = seconds => seconds === null ? "unknown" : `within ${Math.ceil(seconds)} s`;
 form.onsubmit = async event => {
   event.preventDefault();
   pictures.replaceChildren(); bar.value = 0; bar.hidden = false; message.textContent = "Sent.";
-  const body = JSON.stringify({prompt: form.prompt.value});
-  const {id} = await request("/pictures", {method: "POST", headers: {"Content-Type": "application/json"}, body});
+  try { await show(form.prompt.value) } catch (error) { bar.hidden = true; message.textContent = error.message }
+};
+const show = async prompt => {
+  const headers = {"Content-Type": "application/json"};
+  const {id} = await request("/pictures", {method: "POST", headers, body: JSON.stringify({prompt})});
   for (let job = {}; job.phase !== "final"; await new Promise(done => setTimeout(done, 400))) {
     job = await request(`/pictures/${id}`);
     bar.value = Math.max(bar.value, job.fraction);  // never moves back
     message.textContent = job.phase === "waiting" ? `Half of such jobs: ${within(job.median_seconds)}. `
       + `90 %: ${within(job.p90_seconds)}.` : job.phase === "downloading" ? "Ready, downloading." : job.status;
     for (const output of job.stored.slice(pictures.childElementCount)) {
-      pictures.append(Object.assign(new Image(), {src: `/outputs/${output}`, alt: form.prompt.value}));
+      pictures.append(Object.assign(new Image(), {src: `/outputs/${output}`, alt: prompt}));
     }
   }
 };

@@ -1,48 +1,97 @@
 """A web app that generates pictures, with FastAPI: `uvicorn fastapi_app:app`."""
 
+import hashlib
+import logging
 import os
 import secrets
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import requests
-from fastapi import Body, FastAPI, HTTPException
-from fastapi.responses import HTMLResponse, Response
+from fastapi import Body, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 
-from worker import get, open_output, track
+from worker import ApiRefused, Job, OutputMissing, WorkerError, get, get_output, open_output, track
 from worker.client.hooks import hook_url
 from worker.client.hooks.fastapi import router
 
 HOOK = os.environ.get("PUBLIC_URL", "http://127.0.0.1:8000") + "/api-hook"  # the URL at which the API calls the handler
 
+log = logging.getLogger(__name__)
 app = FastAPI()
 app.mount("/api-hook", router)  # receives the API's webhook, which makes the next poll earlier
 
 
+@app.exception_handler(HTTPException)
+def error(_: Request, refused: HTTPException) -> JSONResponse:
+    """Answer with the reason, for the page."""
+    return JSONResponse({"error": refused.detail}, refused.status_code)
+
+
+def visitor(request: Request, response: Response) -> str:
+    """Return a name for the visitor, from a cookie. An app with users takes the user's id."""
+    secret = request.cookies.get("visitor") or secrets.token_urlsafe()
+    response.set_cookie("visitor", secret, httponly=True, samesite="lax")
+    return hashlib.sha256(secret.encode()).hexdigest()[:16]
+
+
+Visitor = Annotated[str, Depends(visitor)]
+
+
 @app.post("/pictures")
-def submit(prompt: Annotated[str, Body(embed=True)]) -> dict[str, int]:
+def submit(prompt: Annotated[str, Body(embed=True)], visitor: Visitor) -> dict[str, int]:
     """Submit a prompt to the API and track its answer. A plain `def`: FastAPI runs it in a thread."""
-    reference = secrets.token_urlsafe(9)
+    reference = f"{visitor}-{secrets.token_urlsafe(9)}"
     order = {"key": os.environ["SD_API_KEY"], "prompt": prompt, "samples": 1, "webhook": hook_url(HOOK, reference)}
-    answer = requests.post(f"{os.environ['SD_API_URL']}/text2img", json=order, timeout=30).json()
-    return {"id": track(answer, reference=reference)}
+    try:
+        response = requests.post(f"{os.environ['SD_API_URL']}/text2img", json=order, timeout=30)
+    except requests.RequestException:
+        raise HTTPException(502, "The picture service does not answer. Try again.") from None
+    try:
+        return {"id": track(response, reference=reference)}
+    except ApiRefused as refused:
+        raise HTTPException(422, refused.message or "The picture service refused this.") from None
+    except WorkerError as problem:  # the picture may be paid for: keep the answer, and track it later
+        log.error("not tracked (%s), hand this line to `fetch-worker track -`: %s", problem, response.text)
+        raise HTTPException(503, "Your picture is on its way, but this page can't show it yet.") from None
+
+
+def own_job(job_id: int, visitor: str) -> Job:
+    """Return a job of this visitor."""
+    job = get(job_id)
+    if job is None or not (job.reference or "").startswith(visitor):
+        raise HTTPException(404, "There is no such picture.")
+    return job
 
 
 @app.get("/pictures/{job_id}")
-def picture(job_id: int) -> dict[str, Any]:
-    """Return the progress of a job. An app with users must check here who owns it."""
-    job = get(job_id)
-    if job is None:
-        raise HTTPException(404)
+def picture(job_id: int, visitor: Visitor) -> dict[str, Any]:
+    """Return the progress of a job."""
+    job = own_job(job_id, visitor)
     stored = [output.id for output in job.outputs if output.status == "stored"]
     return asdict(job.progress()) | {"status": job.status, "stored": stored}
 
 
 @app.get("/outputs/{output_id}")
-def output(output_id: int) -> Response:
+def output(output_id: int, visitor: Visitor) -> StreamingResponse:
     """Return a stored picture."""
-    with open_output(output_id) as file:
-        return Response(file.read(), media_type="image/png")
+    output = get_output(output_id)
+    if output is None:
+        raise HTTPException(404, "There is no such picture.")
+    own_job(output.job_id, visitor)
+    try:
+        file = open_output(output_id)
+    except OutputMissing:
+        raise HTTPException(404, "This picture is not stored.") from None
+
+    def chunks() -> Iterator[bytes]:
+        with file:
+            while chunk := file.read(65_536):
+                yield chunk
+
+    headers = {"X-Content-Type-Options": "nosniff"}
+    return StreamingResponse(chunks(), media_type=output.media_type or "application/octet-stream", headers=headers)
 
 
 @app.get("/")
@@ -63,20 +112,27 @@ progress { width: 100%; height: 1rem; margin-top: 1.5rem } img { width: 100%; bo
 <progress max="1" value="0" hidden></progress><p role="status"></p><div id="pictures"></div>
 <script>
 const [form, bar, message, pictures] = ["form", "progress", "p", "#pictures"].map(name => document.querySelector(name));
-const request = async (path, options) => (await fetch(path, options)).json();
+const request = async (path, options) => {
+  const answer = await fetch(path, options);
+  if (!answer.ok) throw new Error((await answer.json()).error);
+  return answer.json();
+};
 const within = seconds => seconds === null ? "unknown" : `within ${Math.ceil(seconds)} s`;
 form.onsubmit = async event => {
   event.preventDefault();
   pictures.replaceChildren(); bar.value = 0; bar.hidden = false; message.textContent = "Sent.";
-  const body = JSON.stringify({prompt: form.prompt.value});
-  const {id} = await request("/pictures", {method: "POST", headers: {"Content-Type": "application/json"}, body});
+  try { await show(form.prompt.value) } catch (error) { bar.hidden = true; message.textContent = error.message }
+};
+const show = async prompt => {
+  const headers = {"Content-Type": "application/json"};
+  const {id} = await request("/pictures", {method: "POST", headers, body: JSON.stringify({prompt})});
   for (let job = {}; job.phase !== "final"; await new Promise(done => setTimeout(done, 400))) {
     job = await request(`/pictures/${id}`);
     bar.value = Math.max(bar.value, job.fraction);  // never moves back
     message.textContent = job.phase === "waiting" ? `Half of such jobs: ${within(job.median_seconds)}. `
       + `90 %: ${within(job.p90_seconds)}.` : job.phase === "downloading" ? "Ready, downloading." : job.status;
     for (const output of job.stored.slice(pictures.childElementCount)) {
-      pictures.append(Object.assign(new Image(), {src: `/outputs/${output}`, alt: form.prompt.value}));
+      pictures.append(Object.assign(new Image(), {src: `/outputs/${output}`, alt: prompt}));
     }
   }
 };

@@ -1,14 +1,16 @@
 """A web app that generates pictures, with Flask: `flask --app flask_app run`."""
 
+import hashlib
 import os
 import secrets
 from dataclasses import asdict
 from typing import Any
 
 import requests
-from flask import Flask, Response, abort, request, send_file
+from flask import Flask, Response, abort, g, request, send_file
+from werkzeug.exceptions import HTTPException
 
-from worker import get, open_output, track
+from worker import ApiRefused, Job, OutputMissing, WorkerError, get, get_output, open_output, track
 from worker.client.hooks import hook_url
 from worker.client.hooks.flask import blueprint
 
@@ -20,22 +22,57 @@ app.register_blueprint(
 )  # receives the API's webhook, which makes the next poll earlier
 
 
+@app.errorhandler(HTTPException)
+def error(refused: HTTPException) -> tuple[dict[str, str | None], int]:
+    """Answer with the reason, for the page."""
+    return {"error": refused.description}, refused.code or 500
+
+
+@app.before_request
+def find_visitor() -> None:
+    """Give the visitor a name, from a cookie. An app with users takes the user's id."""
+    g.secret = request.cookies.get("visitor") or secrets.token_urlsafe()
+    g.visitor = hashlib.sha256(g.secret.encode()).hexdigest()[:16]
+
+
+@app.after_request
+def keep_visitor(response: Response) -> Response:
+    """Set the cookie."""
+    response.set_cookie("visitor", g.secret, httponly=True, samesite="Lax")
+    return response
+
+
 @app.post("/pictures")
 def submit() -> dict[str, int]:
     """Submit a prompt to the API and track its answer."""
-    prompt = request.get_json()["prompt"]
-    reference = secrets.token_urlsafe(9)
+    prompt = request.get_json().get("prompt") or abort(400, "The prompt is missing.")
+    reference = f"{g.visitor}-{secrets.token_urlsafe(9)}"
     order = {"key": os.environ["SD_API_KEY"], "prompt": prompt, "samples": 1, "webhook": hook_url(HOOK, reference)}
-    answer = requests.post(f"{os.environ['SD_API_URL']}/text2img", json=order, timeout=30).json()
-    return {"id": track(answer, reference=reference)}
+    try:
+        response = requests.post(f"{os.environ['SD_API_URL']}/text2img", json=order, timeout=30)
+    except requests.RequestException:
+        abort(502, "The picture service does not answer. Try again.")
+    try:
+        return {"id": track(response, reference=reference)}
+    except ApiRefused as refused:
+        abort(422, refused.message or "The picture service refused this.")
+    except WorkerError as problem:  # the picture may be paid for: keep the answer, and track it later
+        app.logger.error("not tracked (%s), hand this line to `fetch-worker track -`: %s", problem, response.text)
+        abort(503, "Your picture is on its way, but this page can't show it yet.")
+
+
+def own_job(job_id: int) -> Job:
+    """Return a job of this visitor."""
+    job = get(job_id)
+    if job is None or not (job.reference or "").startswith(g.visitor):
+        abort(404, "There is no such picture.")
+    return job
 
 
 @app.get("/pictures/<int:job_id>")
 def picture(job_id: int) -> dict[str, Any]:
-    """Return the progress of a job. An app with users must check here who owns it."""
-    job = get(job_id)
-    if job is None:
-        abort(404)
+    """Return the progress of a job."""
+    job = own_job(job_id)
     stored = [output.id for output in job.outputs if output.status == "stored"]
     return asdict(job.progress()) | {"status": job.status, "stored": stored}
 
@@ -43,7 +80,17 @@ def picture(job_id: int) -> dict[str, Any]:
 @app.get("/outputs/<int:output_id>")
 def output(output_id: int) -> Response:
     """Return a stored picture."""
-    return send_file(open_output(output_id), mimetype="image/png")
+    output = get_output(output_id)
+    if output is None:
+        abort(404, "There is no such picture.")
+    own_job(output.job_id)
+    try:
+        file = open_output(output_id)
+    except OutputMissing:
+        abort(404, "This picture is not stored.")
+    response = send_file(file, mimetype=output.media_type or "application/octet-stream")
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    return response
 
 
 @app.get("/")
@@ -64,20 +111,27 @@ progress { width: 100%; height: 1rem; margin-top: 1.5rem } img { width: 100%; bo
 <progress max="1" value="0" hidden></progress><p role="status"></p><div id="pictures"></div>
 <script>
 const [form, bar, message, pictures] = ["form", "progress", "p", "#pictures"].map(name => document.querySelector(name));
-const request = async (path, options) => (await fetch(path, options)).json();
+const request = async (path, options) => {
+  const answer = await fetch(path, options);
+  if (!answer.ok) throw new Error((await answer.json()).error);
+  return answer.json();
+};
 const within = seconds => seconds === null ? "unknown" : `within ${Math.ceil(seconds)} s`;
 form.onsubmit = async event => {
   event.preventDefault();
   pictures.replaceChildren(); bar.value = 0; bar.hidden = false; message.textContent = "Sent.";
-  const body = JSON.stringify({prompt: form.prompt.value});
-  const {id} = await request("/pictures", {method: "POST", headers: {"Content-Type": "application/json"}, body});
+  try { await show(form.prompt.value) } catch (error) { bar.hidden = true; message.textContent = error.message }
+};
+const show = async prompt => {
+  const headers = {"Content-Type": "application/json"};
+  const {id} = await request("/pictures", {method: "POST", headers, body: JSON.stringify({prompt})});
   for (let job = {}; job.phase !== "final"; await new Promise(done => setTimeout(done, 400))) {
     job = await request(`/pictures/${id}`);
     bar.value = Math.max(bar.value, job.fraction);  // never moves back
     message.textContent = job.phase === "waiting" ? `Half of such jobs: ${within(job.median_seconds)}. `
       + `90 %: ${within(job.p90_seconds)}.` : job.phase === "downloading" ? "Ready, downloading." : job.status;
     for (const output of job.stored.slice(pictures.childElementCount)) {
-      pictures.append(Object.assign(new Image(), {src: `/outputs/${output}`, alt: form.prompt.value}));
+      pictures.append(Object.assign(new Image(), {src: `/outputs/${output}`, alt: prompt}));
     }
   }
 };

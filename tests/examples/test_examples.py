@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -30,7 +31,9 @@ from worker.store.migrate import migrate
 from worker.store.schema import jobs, outputs
 
 HERE = Path(__file__).parent
-FETCH_WORKER = re.compile(r"(?<![.\w])(track|get|open_output|output_url|job\.progress)\(|^from worker import")
+FETCH_WORKER = re.compile(
+    r"(?<![.\w])(track|get|get_output|open_output|output_url|job\.progress)\(|^from worker import"
+)
 ALL_QUEUES = "fetch-worker,fetch-worker.polls,fetch-worker.downloads"
 SERVERS = {
     "fastapi": ("-m", "uvicorn", "--app-dir", str(HERE), "fastapi_app:app", "--port", "{port}"),
@@ -114,24 +117,78 @@ def test_a_prompt_becomes_a_picture_in_the_page(
                 "const image = document.images[0]; return [image.naturalWidth, image.src]"
             )
             with engine.connect() as connection:
-                reference = connection.execute(select(jobs.c.reference)).scalar_one()
+                job_id, reference = connection.execute(select(jobs.c.id, jobs.c.reference)).one()
                 sha256 = connection.execute(select(outputs.c.sha256)).scalar_one()
             hook = hooks.hook_url(f"{address}/api-hook", reference)
             statuses = [requests.post(url, timeout=10).status_code for url in (hook, hook[:-1] + "z")]
-            picture = requests.get(source, timeout=10).content
-            missing_status = requests.get(f"{address}/pictures/4711", timeout=10).status_code
+            cookies = {cookie["name"]: cookie["value"] for cookie in browser.get_cookies()}
+            picture = requests.get(source, cookies=cookies, timeout=10)
+            own_pages = {f"{address}/pictures/{job_id}": 200, source: 200}
+            unknown = {f"{address}/pictures/4711": 404, f"{address}/outputs/4711": 404}
+            own_statuses = {
+                url: requests.get(url, cookies=cookies, timeout=10).status_code for url in own_pages | unknown
+            }
+            foreign_statuses = {requests.get(url, timeout=10).status_code for url in own_pages | unknown}
     hooks._keys.cache_clear()
     engine.dispose()
 
     assert width == 320
-    assert hashlib.sha256(picture).hexdigest() == sha256
+    assert hashlib.sha256(picture.content).hexdigest() == sha256
+    assert (picture.headers["Content-Type"], picture.headers["X-Content-Type-Options"]) == ("image/png", "nosniff")
+    assert own_statuses == own_pages | unknown
+    assert foreign_statuses == {404}
     assert re.fullmatch(r"Half of such jobs: within \d+ s\. 90 %: within \d+ s\.", messages[0]), messages
     assert messages[-1] == "completed"
     assert bars == sorted(bars)
     assert 0.0 < bars[0] < 0.9
     assert bars[-1] == 1.0
     assert statuses == [204, 404]
-    assert missing_status == 404
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("name", SERVERS)
+def test_an_order_that_fails_is_never_a_500(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused by the API, no API, and paid for but not tracked: then the log has what can be tracked later."""
+    engine = make_engine(make_url(f"sqlite:///{tmp_path}/app.db"))
+    migrate(engine)
+    environment: dict[str, str] = {
+        "SD_API_KEY": "k",
+        "REDIS_URL": f"redis+socket://{tmp_path}/no-redis.sock",
+        "WEBHOOK_SECRET": "whsec_" + base64.b64encode(b"w" * 32).decode(),
+    }
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+
+    def order(database: str, api_url: str) -> tuple[int, str]:
+        monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/{database}")
+        monkeypatch.setenv("SD_API_URL", api_url)
+        with served(name, free_port(), tmp_path) as address:
+            posted = requests.post(f"{address}/pictures", json={"prompt": "a lake"}, timeout=30)
+            malformed = requests.post(f"{address}/pictures", json={}, timeout=30)
+        assert malformed.status_code in (400, 422)
+        return posted.status_code, str(posted.json().get("error"))
+
+    with Sandbox(SandboxOptions(key="another")) as api:
+        refused = order("app.db", api.url)
+    with Sandbox(SandboxOptions(key="k")) as api:
+        untracked = order("without-tables.db", api.url)
+        log = (tmp_path / f"{name}.log").read_text()
+        answer = next(
+            line.partition("`fetch-worker track -`: ")[2] for line in log.splitlines() if "not tracked" in line
+        )
+        monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/app.db")
+        later = subprocess.run(
+            [sys.executable, "-m", "worker", "track", "-", "--json"],
+            input=answer, capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+    unreachable = order("app.db", f"http://127.0.0.1:{free_port()}/api/v3")
+    engine.dispose()
+
+    assert refused[0] == 422
+    assert "key" in refused[1].lower()
+    assert untracked == (503, "Your picture is on its way, but this page can't show it yet.")
+    assert json.loads(later.stdout)[0]["created"]
+    assert unreachable == (502, "The picture service does not answer. Try again.")
 
 
 def watch(browser: webdriver.Chrome, folder: Path) -> tuple[list[str], list[float]]:
@@ -154,9 +211,9 @@ def watch(browser: webdriver.Chrome, folder: Path) -> tuple[list[str], list[floa
     return messages, bars
 
 
-def test_the_fastapi_app_needs_five_lines_for_tracking() -> None:
+def test_the_fastapi_app_needs_six_lines_for_tracking() -> None:
     lines = (HERE / "fastapi_app.py").read_text(encoding="utf-8").partition("PAGE =")[0].splitlines()
 
     tracking_lines = [line.strip() for line in lines if FETCH_WORKER.search(line) and "@app" not in line]
 
-    assert 4 <= len(tracking_lines) <= 5, tracking_lines
+    assert 5 <= len(tracking_lines) <= 6, tracking_lines
