@@ -15,7 +15,7 @@ from sqlalchemy.engine import make_url
 from tests import s3_servers, servers
 from tests.download_stand import Stand
 from tests.web import Web, web_server
-from worker.client.connection import cached_settings
+from worker.client.connection import loaded_settings
 from worker.net import deadlines
 from worker.settings import DOTENV_SWITCH, Settings, load
 from worker.store.engine import close_engines, make_engine
@@ -48,9 +48,9 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
     monkeypatch.setenv("LOG_FORMAT", "text")  # the tests read logs as text
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(redaction, "_shared", redaction.Scrubber())
-    cached_settings.cache_clear()
+    loaded_settings.cache_clear()
     yield
-    cached_settings.cache_clear()
+    loaded_settings.cache_clear()
     close_engines()
 
 
@@ -122,7 +122,7 @@ def use_storage(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Settings]:
 
     def use(url: str) -> Settings:
         monkeypatch.setenv("STORAGE_URL", url)
-        cached_settings.cache_clear()
+        loaded_settings.cache_clear()
         return load()
 
     return use

@@ -154,6 +154,12 @@ def update_job(engine: Engine, job_id: int, **values: Any) -> None:
         connection.execute(update(jobs).where(jobs.c.id == job_id).values(values))
 
 
+def update_output(engine: Engine, output_id: int, **values: Any) -> None:
+    """Set columns of an output, and commit."""
+    with engine.begin() as connection:
+        connection.execute(update(outputs).where(outputs.c.id == output_id).values(values))
+
+
 class HistorySample(NamedTuple):
     """The statistics at a minute."""
 

@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from worker.client.holds import resume as resume
     from worker.client.jobs import Job as Job
     from worker.client.jobs import Output as Output
+    from worker.client.jobs import find as find
     from worker.client.jobs import get as get
+    from worker.client.jobs import get_output as get_output
     from worker.client.jobs import open_output as open_output
     from worker.client.jobs import output_url as output_url
-    from worker.client.jobs import wait as wait
+    from worker.client.tracking import TrackedJob as TrackedJob
     from worker.client.tracking import track as track
     from worker.client.tracking import track_many as track_many
+    from worker.client.watching import changes as changes
+    from worker.client.watching import wait as wait
     from worker.core.pacing.estimate import Progress as Progress
     from worker.errors import ApiRefused as ApiRefused
     from worker.errors import DatabaseRefused as DatabaseRefused
@@ -40,8 +44,9 @@ __path__.append(f"{__path__[0]}/deprecated")  # former import paths still work f
 
 _HOMES = {
     "worker.core.pacing.estimate": ("Progress",),
-    "worker.client.tracking": ("track", "track_many"),
-    "worker.client.jobs": ("Job", "Output", "get", "open_output", "output_url", "wait"),
+    "worker.client.tracking": ("TrackedJob", "track", "track_many"),
+    "worker.client.jobs": ("Job", "Output", "find", "get", "get_output", "open_output", "output_url"),
+    "worker.client.watching": ("changes", "wait"),
     "worker.client.actions": ("cancel", "nudge", "retry"),
     "worker.client.holds": ("hold", "resume"),
     "worker.errors": (

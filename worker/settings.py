@@ -105,22 +105,24 @@ def dotenv_file() -> Path | None:
     return None if os.environ.get(DOTENV_SWITCH) == "off" else Path(".env")
 
 
-def load(*processes: str) -> Settings:
+def load(*processes: str, database_url: str | None = None) -> Settings:
     """Return the settings of this process. Raises SettingsError with one line that names the variables and the fix.
 
     A wrong setting that only another process uses gets its default value. `processes` lists the roles of this process.
+    `database_url` is used instead of DATABASE_URL.
     """
+    given: dict[str, Any] = {} if database_url is None else {"database_url": database_url}
     variables = read_environment(os.environ, dotenv_file())
     _refuse_unknown(variables)
     errors: dict[str, str] = {}
     try:
-        settings = Settings()
+        settings = Settings(**given)
     except ValidationError as error:
         for detail in error.errors():
             errors.setdefault(str(detail["loc"][0]) if detail["loc"] else "", _reason(detail))
         if not all(_process_of(name) for name in errors):
             raise SettingsError("; ".join(errors.values())) from None
-        settings = Settings(**{name: Settings.model_fields[name].default for name in errors})
+        settings = Settings(**given, **{name: Settings.model_fields[name].default for name in errors})
     settings._errors.update(errors)
     _clean_aws(variables, needed=settings.bucket is not None)
     for process in processes:

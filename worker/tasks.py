@@ -8,8 +8,7 @@ from celery.exceptions import Reject
 from celery.utils.log import get_task_logger
 
 from worker.app import HINT_EXPIRES_SECONDS, app, settings
-from worker.client import actions
-from worker.client.tracking import track_with_created
+from worker.client import actions, jobs, tracking
 from worker.core.humanize import format_count
 from worker.errors import NotTrackable, SchemaOutdated, Unavailable, WorkerError
 from worker.process.publishing import log_broker_errors
@@ -32,7 +31,7 @@ def track(self: Any, remote: Any, **options: Any) -> int:
     redelivered = bool((self.request.delivery_info or {}).get("redelivered"))
     try:
         with resources.deliveries.counted(self.request.id, redelivered=redelivered):
-            job_id, created = track_with_created([remote], **options)[0]
+            tracked = tracking.track(remote, **options)
         resources.outage.over()
     except (Unavailable, SchemaOutdated):
         resources.outage.wait(resources.stopping)
@@ -48,10 +47,24 @@ def track(self: Any, remote: Any, **options: Any) -> int:
     except WorkerError as error:
         raise type(error)(process_resources().scrubber.text(str(error))) from None
     address = {name: options.get(name) for name in ("fetch_url", "endpoint")}
-    if created and planned_job(remote, settings.api, **address, status_words=settings.status_words).submission.outputs:
+    planned = planned_job(remote, settings.api, **address, status_words=settings.status_words)
+    if tracked.created and planned.submission.outputs:
         # The job is ready at once: only a sweep finds its outputs.
         log_broker_errors("sweep", lambda: sweep.apply_async(expires=HINT_EXPIRES_SECONDS))
-    return job_id
+    return int(tracked)
+
+
+@app.task(name="worker.get", ignore_result=False, throws=(WorkerError,))
+def get(
+    job_id: int | None = None,
+    *,
+    remote_id: str | int | None = None,
+    reference: str | int | None = None,
+    account: str | None = None,
+) -> dict[str, Any] | None:
+    """Return a job and its outputs as JSON values, or `None`. Times are ISO 8601 in UTC."""
+    job = jobs.get(job_id, remote_id=remote_id, reference=reference, account=account)
+    return None if job is None else job.as_json()
 
 
 @app.task(name="worker.nudge", acks_late=True, throws=(WorkerError,))

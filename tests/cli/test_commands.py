@@ -1,5 +1,6 @@
 """The command line for scripts: documents on stdout, messages on stderr, exit codes, and no traceback."""
 
+import io
 import json
 import os
 import re
@@ -82,6 +83,23 @@ def test_track_prints_a_list_and_which_jobs_are_new(database: Engine, run: Run) 
     assert [(row["remote_id"], row["created"]) for row in again.document] == [("12", False), ("14", True)]
     assert again.document[0]["id"] == first.document[0]["id"]
     assert "12" in run("track", "12").out
+
+
+@pytest.mark.parametrize(
+    ("text", "remote_ids"),
+    [
+        ("21\n22\n\n  23  \n", ["21", "22", "23"]),
+        ('{"status": "processing",\n "id": 24, "eta": 5}\n', ["24"]),
+        ('{"status": "processing", "id": 25}\n{"status": "processing", "id": 26}\n', ["25", "26"]),
+        ('[{"status": "processing", "id": 27}, "28", 29]', ["27", "28", "29"]),
+        ("", []),
+    ],
+)
+def test_track_reads_answers_and_ids_from_standard_input(
+    configured_sqlite: Engine, run: Run, monkeypatch: pytest.MonkeyPatch, text: str, remote_ids: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert [row["remote_id"] for row in json.loads(run("track", "-", "--json").out)] == remote_ids
 
 
 def test_track_continues_after_an_invalid_id_and_exits_1(database: Engine, run: Run) -> None:

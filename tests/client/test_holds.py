@@ -10,7 +10,7 @@ from sqlalchemy import Engine, select, update
 import worker
 from tests.rows import NOW, add_downloading, add_job, add_output, claim_due_jobs, read_job, read_output, seconds
 from worker.client import actions, holds
-from worker.client import jobs as client_jobs
+from worker.client import workers as client_workers
 from worker.core.circuit_breaker import CircuitBreaker, Scope, after_rate_limit, after_refusal
 from worker.core.lifecycle import AskAgain, EndJob, JobFacts, Strikes, after_answer
 from worker.core.reply import Processing
@@ -147,7 +147,7 @@ def test_the_python_api_holds_and_resumes_and_wakes_the_workers(
     database: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     woken: list[str] = []
-    monkeypatch.setattr(client_jobs._workers, "wake", lambda settings: woken.append("woken"))
+    monkeypatch.setattr(client_workers._workers, "wake", lambda settings: woken.append("woken"))
     caplog.set_level(logging.INFO, "worker.client.holds")
     job_id = worker.track("7", submitted_at=datetime.now().astimezone() - timedelta(hours=2))
     woken.clear()

@@ -20,7 +20,7 @@ from tests.django_site import configure_django
 from tests.rows import read_job
 from tests.servers import celery_worker
 from worker.client import hooks
-from worker.client.connection import cached_settings
+from worker.client.connection import cached_settings, loaded_settings
 from worker.client.hooks import hook_url, received
 from worker.errors import NotTrackable, SettingsError, Unavailable
 from worker.sandbox import Sandbox, SandboxOptions
@@ -37,7 +37,7 @@ def configure(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
     """Set environment variables and clear the cached settings."""
     for name, value in values.items():
         monkeypatch.setenv(name, value)
-    cached_settings.cache_clear()
+    loaded_settings.cache_clear()
     hooks._keys.cache_clear()
 
 

@@ -1,7 +1,11 @@
 """The Python API on real databases: accepted and refused arguments, and transactions."""
 
+import copy
+import inspect
 import json
 import os
+import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,17 +14,18 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Barrier
 from typing import Any
+from uuid import UUID
 
 import pytest
+from celery import Celery
 from sqlalchemy import Engine, create_engine, func, select
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 import worker
 from tests.rows import read_job, update_job
-from worker import track
+from worker import TrackedJob, track
 from worker.client import pace_models
-from worker.client.connection import cached_settings
-from worker.client.tracking import track_with_created
+from worker.client.connection import loaded_settings
 from worker.coordination.wakeups import WakeUps
 from worker.core.pacing.policy import PacedJob
 from worker.errors import (
@@ -138,7 +143,8 @@ def test_bytes_in_an_answer_are_stored_with_its_output(database: Engine) -> None
 def test_tracking_the_same_job_again_returns_its_id_and_changes_nothing(database: Engine) -> None:
     """The options of the second call are ignored."""
     first = worker.track("7", reference="first", priority=1)
-    assert track_with_created(["7"], reference="second", priority=9) == [(first, False)]
+    again = worker.track("7", reference="second", priority=9)
+    assert (first.created, again, again.created) == (True, first, False)
     assert worker.track(READY | {"id": "7"}, fetch_url="https://stablediffusionapi.com/api/v3/fetch/7") == first
     job = worker.get(first)
     assert job is not None
@@ -168,7 +174,7 @@ def test_many_jobs_are_tracked_in_order_and_duplicates_share_an_id(database: Eng
     assert job is not None
     assert job.remote_id == "701"
     assert worker.track_many([]) == []
-    assert [created for _, created in track_with_created(["1200", "1201"])] == [False, True]
+    assert [tracked.created for tracked in worker.track_many(["1200", "1201", "1201"])] == [False, True, False]
 
 
 def test_if_one_job_is_refused_none_is_tracked(database: Engine) -> None:
@@ -417,7 +423,7 @@ def test_webhook_urls_need_a_secret_and_plain_http_needs_an_allowed_network(
     """The secret is never stored."""
     secret = "whsec_" + "c2VjcmV0" * 4
     monkeypatch.setenv("WEBHOOK_SECRET", f"{secret}, {secret}")
-    cached_settings.cache_clear()
+    loaded_settings.cache_clear()
     track("1", webhook_url="https://shop.test/hook")
     for refused_url in ("http://shop.test/hook", "https://shop.test:8443/hook", "https://10.0.0.1/hook"):
         with pytest.raises(NotTrackable, match="WEBHOOK_ALLOWED_NETWORKS"):
@@ -426,7 +432,7 @@ def test_webhook_urls_need_a_secret_and_plain_http_needs_an_allowed_network(
         track("2", webhook_url=f"https://user:{secret}@shop.test/hook")
     assert secret not in str(refused.value)
     monkeypatch.setenv("WEBHOOK_ALLOWED_NETWORKS", "10.0.0.0/8")
-    cached_settings.cache_clear()
+    loaded_settings.cache_clear()
     track("3", webhook_url=f"http://10.0.0.1/{secret}")
     with database.connect() as connection:
         urls = list(connection.execute(select(jobs.c.webhook_url).order_by(jobs.c.id)).scalars())
@@ -523,3 +529,174 @@ def test_the_first_poll_is_planned_from_earlier_jobs_of_the_kind(database: Engin
     assert 60.0 < (read_job(database, learned).due_at - before).total_seconds() < 110.0
     assert (read_job(database, new_kind).due_at - before).total_seconds() < 5.0
     assert (read_job(database, late).due_at - before).total_seconds() < 5.0
+
+
+# ── sessions ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_job_is_committed_or_rolled_back_with_a_connection(database: Engine) -> None:
+    """Also in a savepoint of it."""
+    with database.connect() as connection:
+        track("1", session=connection)
+        connection.rollback()
+        track("2", session=connection)
+        savepoint = connection.begin_nested()
+        track("3", session=connection)
+        savepoint.rollback()
+        with connection.begin_nested():
+            track("4", session=connection)
+        connection.commit()
+    assert [job.remote_id for job in worker.find()] == ["4", "2"]
+
+
+def test_workers_are_woken_by_the_commit_of_a_connection_once(
+    database: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    woken: list[str] = []
+    monkeypatch.setattr(WakeUps, "send", lambda _: woken.append("woken"))
+    long_ago: dict[str, Any] = {"submitted_at": datetime.now(UTC) - timedelta(hours=1), "deadline": 86_400}
+
+    with database.connect() as connection:
+        track("1", session=connection, **long_ago)
+        track("2", session=connection, **long_ago)
+        assert woken == []
+        connection.commit()
+
+    assert woken == ["woken"]
+
+
+class Database:
+    """Like Flask-SQLAlchemy's `db`."""
+
+    session = scoped_session(sessionmaker())
+
+
+class Strange:
+    """Has a `connection`, but not one of SQLAlchemy's."""
+
+    def connection(self) -> str:
+        return "none"
+
+
+@pytest.mark.parametrize(
+    ("session", "advice"),
+    [
+        (create_engine("sqlite://"), "this is a Engine, write `with Session(engine) as session, session.begin(): "),
+        (sessionmaker(), "this is a sessionmaker, write `with Session(engine) as session, session.begin(): "),
+        (Session, "this is a Session, write `with Session(engine) as session, session.begin(): "),
+        (Database(), "this is a Database, write `track(…, session=db.session)`"),
+        (Strange(), "write `track(…, session=session)` with the session of your transaction, or leave it out"),
+        ("session", "this is a str, write `track(…, session=session)`"),
+        (5, "this is a int, write "),
+        (Session(), "session has no engine of its own: write `track(…, session=session.connection(bind_arguments="),
+    ],
+)
+def test_what_is_no_session_is_refused_with_the_line_to_write(database: Engine, session: Any, advice: str) -> None:
+    with pytest.raises(NotTrackable) as refused:
+        track("1", session=session)
+    assert advice in str(refused.value)
+    assert _count(database) == 0
+
+
+def test_a_closed_connection_is_refused(database: Engine) -> None:
+    connection = database.connect()
+    connection.close()
+    with pytest.raises(NotTrackable, match="session is a closed Connection"):
+        track("1", session=connection)
+
+
+# ── what people pass ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_references_tasks_and_durations_of_other_types_are_taken(database: Engine) -> None:
+    app = Celery("shop", broker="memory://")
+    app.conf.task_routes = {"shop.routed": {"queue": "orders"}}
+
+    @app.task(name="shop.ready", shared=False)  # type: ignore[untyped-decorator]  # celery has no types
+    def ready(job_id: int) -> None: ...
+
+    @app.task(name="shop.routed", shared=False)  # type: ignore[untyped-decorator]  # the same
+    def routed(job_id: int) -> None: ...
+
+    @app.task(name="shop.late", shared=False, lazy=True)  # type: ignore[untyped-decorator]  # the same
+    def late(job_id: int) -> None: ...
+
+    order = UUID("12345678-1234-5678-1234-567812345678")
+    first = track("1", reference=order, on_done=ready, deadline=timedelta(minutes=2), eta=timedelta(seconds=9))
+    track("2", reference=77, on_done=routed)
+    track("3", on_done=late)
+
+    job = worker.get(first)
+    assert job is not None
+    assert (job.reference, job.eta) == (str(order), 9.0)
+    assert job.deadline_at - job.submitted_at == timedelta(minutes=2)
+    with database.connect() as connection:
+        tasks = list(connection.execute(select(jobs.c.on_done).order_by(jobs.c.id)).scalars())
+    assert tasks == ["celery/shop.ready", "orders/shop.routed", "celery/shop.late"]
+
+
+@pytest.mark.parametrize(
+    ("remotes", "message"),
+    [
+        ("12345", "this is one job: call track, or write `track_many([…])`"),
+        (b"12345", "this is one job"),
+        (READY, "this is one job"),
+        (json.dumps(READY), "this is one job"),
+        (5, "track_many needs a list of jobs, not int"),
+        (None, "track_many needs a list of jobs, not NoneType"),
+    ],
+)
+def test_one_job_instead_of_a_list_is_refused(database: Engine, remotes: Any, message: str) -> None:
+    with pytest.raises(NotTrackable) as refused:
+        worker.track_many(remotes)
+    assert message in str(refused.value)
+    assert _count(database) == 0
+
+
+def test_any_iterable_of_jobs_is_taken(database: Engine) -> None:
+    assert len(worker.track_many(str(number) for number in range(3))) == 3
+    assert len(worker.track_many({"7", "8"})) == 2
+    assert len(worker.track_many(("9",))) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("account", 5), ("account", ["a"]), ("kind", ["a"]), ("kind", 5), ("endpoint", 5), ("endpoint", b"v3"),
+        ("fetch_url", b"x"), ("eta", "soon"), ("eta", []), ("eta", timedelta(-1)), ("submitted_at", 5),
+        ("submitted_at", []), ("priority", 1.5), ("priority", None), ("reference", b"a"), ("reference", True),
+        ("reference", 1.5), ("on_done", 5), ("on_done", print), ("on_done", object()), ("webhook_url", 5),
+        ("webhook_url", ["https://a.test"]), ("deadline", []), ("deadline", timedelta(0)), ("deadline", object()),
+    ],
+)  # fmt: skip
+def test_a_wrong_type_is_never_a_type_error(database: Engine, option: str, value: Any) -> None:
+    options: Any = {option: value}
+    with pytest.raises(NotTrackable, match=option):
+        track("1", **options)
+    assert _count(database) == 0
+
+
+def test_a_tracked_job_is_an_int_that_survives_copies_and_json(database: Engine) -> None:
+    tracked = track("1")
+    for copied in (copy.copy(tracked), copy.deepcopy(tracked), pickle.loads(pickle.dumps(tracked))):  # noqa: S301
+        assert (type(copied), copied, copied.created) == (TrackedJob, tracked, True)
+    assert json.dumps({"id": tracked}) == f'{{"id": {int(tracked)}}}'
+    assert f"{tracked} {tracked!r}" == f"{int(tracked)} {int(tracked)}"
+
+
+def test_a_tracked_job_is_a_value_for_each_database_driver(database: Engine) -> None:
+    """An app stores it in a column of its own."""
+    tracked = track("1")
+    with database.connect() as connection:
+        assert connection.execute(select(jobs.c.id).where(jobs.c.id == tracked)).scalar_one() == tracked
+        assert connection.execute(select(jobs.c.id).where(jobs.c.id.in_([tracked]))).scalar_one() == tracked
+
+
+def test_the_help_of_track_describes_each_keyword() -> None:
+    signature = inspect.signature(track)
+    text = inspect.getdoc(track) or ""
+    for name, parameter in signature.parameters.items():
+        assert parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        assert parameter.annotation is not inspect.Parameter.empty
+        assert re.search(rf"^{name}$", text, re.MULTILINE), name
+    assert list(signature.parameters)[1:] == list(inspect.signature(worker.track_many).parameters)[1:]

@@ -26,7 +26,7 @@ from tests.apps import asgi
 from tests.rows import add_downloading, add_output
 from tests.servers import celery_worker
 from worker import track, wait
-from worker.client.connection import cached_settings
+from worker.client.connection import loaded_settings
 from worker.errors import WaitTimeout, WorkerError
 from worker.sandbox import Sandbox, SandboxOptions
 from worker.store.schema import jobs
@@ -174,7 +174,7 @@ def test_rolled_back_jobs_are_never_polled_and_committed_jobs_within_a_second(
         settings = {"REDIS_URL": redis_url, "SD_API_URL": api.url, "SD_API_KEY": "k", "POLL_MIN": "30"}
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
-        cached_settings.cache_clear()
+        loaded_settings.cache_clear()
         refused, committed = (
             [api.submit(f"{word} {number}") for number in range(3)] for word in ("refused", "committed")
         )

@@ -22,7 +22,7 @@ from tests.faults.servers import PATIENCE, running_redis
 from tests.servers import celery_worker, missing
 from tests.waiting import wait_until
 from worker import hold, resume, track
-from worker.client.connection import cached_settings
+from worker.client.connection import loaded_settings
 from worker.sandbox import Sandbox, SandboxOptions
 from worker.settings import load
 from worker.store.engine import close_engines, make_engine
@@ -153,7 +153,7 @@ def test_given_a_backup_of_a_running_worker_when_it_is_restored_then_every_outpu
 
     with database(kind, tmp_path) as url:
         monkeypatch.setenv("DATABASE_URL", url)
-        cached_settings.cache_clear()
+        loaded_settings.cache_clear()
         shell(backup_lines(kind, make_url(url))[1], tmp_path)
         engine = make_engine(load().database)
         report = json.loads(shell("fetch-worker verify --dry-run --json", tmp_path))

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -138,7 +138,7 @@ def up(tables: Engine, sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.Mon
             running.reader.join(10)
 
 
-def _wait_completed(engine: Engine, ids: list[int], up: RunningUp) -> None:
+def _wait_completed(engine: Engine, ids: Sequence[int], up: RunningUp) -> None:
     """Wait until all jobs are completed."""
 
     def states() -> object:

@@ -18,7 +18,7 @@ from tests.fuzz.urls import urls
 from tests.rows import read_output
 from tests.s3_servers import S3Server
 from worker.client import jobs as client_jobs
-from worker.client.connection import cached_settings
+from worker.client.connection import loaded_settings
 from worker.core.media.base64_text import base64_start
 from worker.core.media.signatures import HEAD_BYTES, TAIL_BYTES, Media, is_complete, pixel_count, sniff
 from worker.core.reply import MAX_URL
@@ -80,7 +80,7 @@ def test_any_link_and_bytes_give_a_complete_file_with_a_safe_name(
     stand.out = tmp_path / "my 100% Bilder ü#?;"
     downloader = stand.downloader()
     monkeypatch.setenv("DATABASE_URL", str(stand.engine.url))
-    cached_settings.cache_clear()
+    loaded_settings.cache_clear()
 
     @with_effort(examples, of=4)
     @given(link=LINKS, body=FILES)

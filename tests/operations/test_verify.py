@@ -14,7 +14,7 @@ from tests.download_stand import PNG, Stand, png
 from tests.rows import read_job, read_output
 from tests.web import Web, page
 from worker.cli import main
-from worker.client.connection import cached_settings
+from worker.client.connection import loaded_settings
 from worker.errors import OutputMissing
 from worker.operations.verify import MISSING_LIMIT
 from worker.storage import local
@@ -47,7 +47,7 @@ def test_an_app_opens_a_stored_output_and_gets_its_url(stored: list[Any], monkey
         assert file.read() == png(padding=1)
     assert worker.output_url(output.id) == output.location
     monkeypatch.setenv("STORAGE_ADDRESS", "https://shop.example/outputs/")
-    cached_settings.cache_clear()
+    loaded_settings.cache_clear()
     name = "/".join(path_of(output.location).parts[-3:])
     assert worker.output_url(output.id, 60) == f"https://shop.example/outputs/{name}"
 

@@ -15,7 +15,7 @@ from sqlalchemy import Engine, make_url, select, update
 from tests import planted
 from tests.rows import add_output, seconds
 from worker.cli import main
-from worker.client.connection import cached_settings
+from worker.client.connection import loaded_settings
 from worker.core.pacing.policy import PacedJob
 from worker.polling.duration_learner import DurationLearner
 from worker.settings import load
@@ -150,14 +150,14 @@ def _planted_folder() -> Iterator[Path]:
     with planted_engine() as engine, tempfile.TemporaryDirectory() as name:
         environment = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "LANG")}
         settings = {"DATABASE_URL": str(engine.url), "REDIS_URL": NOWHERE, "SD_API_URL": "http://127.0.0.1:1/api/v3"}
-        cached_settings.cache_clear()
+        loaded_settings.cache_clear()
         os.chdir(name)
         try:
             with patch.dict(os.environ, environment | settings | {"SD_API_KEY": "a-key-of-the-test"}, clear=True):
                 yield Path(name)
         finally:
             os.chdir(before)
-            cached_settings.cache_clear()
+            loaded_settings.cache_clear()
             close_engines()
 
 

@@ -11,8 +11,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from worker.client.connection import cached_settings
-from worker.client.jobs import _wake_ups
+from worker.client.connection import cached_settings, loaded_settings
+from worker.client.workers import _wake_ups
 from worker.coordination.publisher import Publisher
 from worker.core.queues import POLLS
 from worker.downloads.downloader import Downloader
@@ -185,7 +185,7 @@ def test_only_the_first_download_prepares_the_storage(tmp_path: Path, monkeypatc
 def test_engine_settings_and_wake_ups_of_a_web_app_are_made_once(tmp_path: Path) -> None:
     settings = Settings(database_url=f"sqlite:///{tmp_path}/jobs.db")
     assert len({id(value) for value in _in_threads(lambda: engine_for(settings.database))}) == 1
-    cached_settings.cache_clear()
+    loaded_settings.cache_clear()
     assert len({id(value) for value in _in_threads(cached_settings)}) == 1
     assert len({id(value) for value in _in_threads(lambda: _wake_ups("redis://127.0.0.1:1/0"))}) == 1
 

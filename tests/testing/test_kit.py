@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from standardwebhooks.webhooks import Webhook
 
 import worker
+import worker.aio
 from tests.download_stand import PNG
 from worker.client import holds
 from worker.client.connection import cached_settings
@@ -541,3 +542,82 @@ def test_after_the_kit_the_database_clock_is_used_again(tmp_path: Path, migrated
 
     with engine.connect() as connection:
         assert database_now(connection) < testkit.worker.now - timedelta(days=1)
+
+
+# ── the app's own ways ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_tasks_that_celery_would_discover_later_are_found(
+    testkit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`autodiscover_tasks` imports the modules of an app when its worker starts."""
+    package = tmp_path / "pictures_of_a_lazy_shop"
+    package.mkdir()
+    (package / "__init__.py").write_text("done = []\n")
+    (package / "tasks.py").write_text(
+        "from celery import shared_task\n"
+        "from pictures_of_a_lazy_shop import done\n"
+        "@shared_task(name='lazy.ready')\n"
+        "def ready(job_id):\n"
+        "    done.append(job_id)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    app = Celery("shop", set_as_current=False)
+    app.autodiscover_tasks(["pictures_of_a_lazy_shop"])
+    testkit.worker.celery = app
+    job_id = worker.track("1", on_done="lazy.ready")
+
+    testkit.worker.run(job_id)
+
+    import pictures_of_a_lazy_shop  # type: ignore[import-not-found]  # made above
+
+    assert pictures_of_a_lazy_shop.done == [job_id]
+
+
+def test_a_session_of_another_database_is_refused_and_both_are_named(testkit: Kit, tmp_path: Path) -> None:
+    """Else the test would write into the development database, and the kit would never see the job."""
+    development = create_engine(f"sqlite:///{tmp_path}/development.db")
+    migrate(development)
+    with Session(development) as session, pytest.raises(KitError) as refused:
+        worker.track("1", session=session)
+    with development.connect() as connection, pytest.raises(KitError):
+        worker.track("1", session=connection)
+    development.dispose()
+    assert str(tmp_path / "development.db") in str(refused.value)
+    assert testkit.worker.engine.url.database is not None
+    assert testkit.worker.engine.url.database in str(refused.value)
+    assert "fetch_database" in str(refused.value)
+
+
+def test_a_session_in_memory_is_the_kits_only_if_its_engine_is(tmp_path: Path) -> None:
+    engines = [create_engine("sqlite://", poolclass=StaticPool) for _ in range(2)]
+    migrate(engines[0])
+    with kit(tmp_path / "kit", database=engines[0]) as testkit:
+        with Session(engines[0]) as session, session.begin():
+            job_id = worker.track("1", session=session)
+        with Session(engines[1]) as session, pytest.raises(KitError):
+            worker.track("2", session=session)
+        assert testkit.worker.run(job_id).final
+    for engine in engines:
+        engine.dispose()
+
+
+def test_changes_run_the_job_step_by_step(testkit: Kit) -> None:
+    job_id = worker.track(testkit.api.submit("a lake", samples=2))
+
+    states = [job.status for job in worker.changes(job_id)]
+
+    assert states[0] == "pending"
+    assert states[-1] == "completed"
+
+
+def test_coroutines_run_the_job_too(testkit: Kit) -> None:
+    async def run() -> list[str]:
+        job_id = await worker.aio.track(testkit.api.submit("a lake"))
+        states = [job.status async for job in worker.aio.changes(job_id)]
+        assert (await worker.aio.wait(job_id)).final
+        return states
+
+    states = asyncio.run(run())
+
+    assert (states[0], states[-1]) == ("pending", "completed")

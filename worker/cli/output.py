@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from worker.core.display import display_json
+from worker.core.humanize import iso_time
 from worker.system.terminal import cell, echo, make_console
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def plain(row: "Row[Any]", columns: Sequence[str]) -> dict[str, Any]:
 
 def moment(value: datetime | None) -> str | None:
     """Return a time in ISO 8601, UTC, with Z."""
-    return None if value is None else value.isoformat().replace("+00:00", "Z")
+    return None if value is None else iso_time(value)
 
 
 def print_json(document: object) -> None:

@@ -1,12 +1,14 @@
 """The command `track`."""
 
+import json
+import sys
 from typing import Any
 
 import click
 
 from worker.cli.output import json_option, print_json, print_records
+from worker.client import tracking
 from worker.client.jobs import get
-from worker.client.tracking import track_with_created
 from worker.errors import DatabaseRefused, NotTrackable
 from worker.settings import load
 from worker.system.redaction import shared_scrubber
@@ -30,20 +32,40 @@ from worker.system.terminal import echo
 @click.option("--deadline", type=float, help="The seconds from submission after which the job may expire.")
 @json_option
 def track(remotes: tuple[str, ...], as_json: bool, **options: Any) -> int:
-    """Track jobs by remote id or by submit answer (JSON)."""
+    """Track jobs by remote id or by submit answer (JSON).
+
+    An ID of - reads standard input: one answer, a JSON list of them, or one answer or remote id per line.
+    """
     rows: list[dict[str, Any]] = []
+    refused = 0
     scrubber = shared_scrubber(load().secret_texts)
-    for remote in remotes:
+    given: list[str] = []
+    for argument in remotes:
+        given += _from_stdin() if argument == "-" else [argument]
+    for remote in given:
         try:
-            job_id, created = track_with_created([remote], **options)[0]
+            tracked = tracking.track(remote, **options)
         except (NotTrackable, DatabaseRefused) as error:
             echo(f"fetch-worker: {scrubber.text(remote)[:60]!r} not tracked: {error}", err=True)
+            refused += 1
             continue
-        job = get(job_id)
+        job = get(tracked)
         if job is not None:
-            rows.append({"id": job_id, "remote_id": job.remote_id, "status": job.status, "created": created})
+            rows.append({"id": job.id, "remote_id": job.remote_id, "status": job.status, "created": tracked.created})
     if as_json:
         print_json(rows)
     elif rows:
         print_records(list(rows[0]), rows, empty="")
-    return 0 if len(rows) == len(remotes) else 1
+    return 1 if refused else 0
+
+
+def _from_stdin() -> list[str]:
+    """Return the remote ids and answers on standard input."""
+    text = sys.stdin.buffer.read().decode("utf-8", "replace").strip()
+    try:
+        document = json.loads(text)
+    except ValueError:
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    if not isinstance(document, list):
+        return [text]
+    return [value if isinstance(value, str) else json.dumps(value) for value in document]

@@ -10,9 +10,10 @@ from typing import Literal
 
 from sqlalchemy import Connection, Engine, select
 
-from worker.client.connection import cached_settings, check_exists, transaction
-from worker.client.jobs import lookup_id, wake
+from worker.client.connection import cached_settings, existing_job, transaction
+from worker.client.jobs import lookup_id
 from worker.client.selection import filter_options
+from worker.client.workers import wake
 from worker.settings import Settings
 from worker.store import holds
 from worker.store import jobs as job_store
@@ -46,7 +47,7 @@ class ActionResult:
 def cancel(job_id: int) -> bool:
     """Cancel a job; stored files stay. Return False if the job was already final. Raises JobNotFound."""
     with transaction(cached_settings()) as connection:
-        check_exists(connection, job_id)
+        job_id = existing_job(connection, job_id)
         tally, now = Tally(), database_now(connection)
         cancelled = job_store.cancel(connection, job_id, tally, now=now)
         if cancelled:
@@ -59,7 +60,7 @@ def retry(job_id: int) -> bool:
     """Retry a failed or expired job at once. Return False if it is in another state. Raises JobNotFound."""
     settings = cached_settings()
     with transaction(settings) as connection:
-        check_exists(connection, job_id)
+        job_id = existing_job(connection, job_id)
         now = database_now(connection)
         create_events(connection, now=now, of=[job_id])  # the event of the final state, before leaving it
         changed = job_store.retry(connection, job_id, now=now)
@@ -76,7 +77,7 @@ def notify(job_id: int) -> bool:
     If its final state has no webhook yet, create it. Raises JobNotFound.
     """
     with transaction(cached_settings()) as connection:
-        check_exists(connection, job_id)
+        job_id = existing_job(connection, job_id)
         now = database_now(connection)
         changed = send_again(connection, job_id, now=now) > 0
         if changed:

@@ -2,9 +2,9 @@
 
 import logging
 
-from worker.client.connection import cached_settings, check_exists, transaction
-from worker.client.jobs import wake
+from worker.client.connection import cached_settings, existing_job, transaction
 from worker.client.selection import breaker_option
+from worker.client.workers import wake
 from worker.core.circuit_breaker import Scope
 from worker.store import holds as store
 from worker.store.audit import record_action, record_job_action
@@ -20,7 +20,7 @@ def hold(job_id: int) -> bool:
     Return False if it is already held or not pending. Raises JobNotFound.
     """
     with transaction(cached_settings()) as connection:
-        check_exists(connection, job_id)
+        job_id = existing_job(connection, job_id)
         now = database_now(connection)
         changed = bool(store.hold(connection, [job_id], now=now))
         if changed:
@@ -38,7 +38,7 @@ def resume(job_id: int) -> bool:
     """
     settings = cached_settings()
     with transaction(settings) as connection:
-        check_exists(connection, job_id)
+        job_id = existing_job(connection, job_id)
         now = database_now(connection)
         changed = bool(store.resume(connection, [job_id], work_limits(settings), now=now))
         if changed:

@@ -1,32 +1,31 @@
-"""Look up jobs and outputs, wait for a job, and wake the worker processes."""
+"""Look up jobs and outputs."""
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
+from uuid import UUID
 
-from sqlalchemy import Row
+from sqlalchemy import Connection, Row
 
 from worker.client import pace_models
 from worker.client.connection import cached_settings, transaction
+from worker.client.ids import checked_job_id, checked_output_id, quoted
+from worker.client.job_options import checked_account, checked_reference
+from worker.core.humanize import iso_time
 from worker.core.identity import SYNTHETIC_ID, checked_remote_id
-from worker.core.lifecycle import FINAL_STATES
+from worker.core.lifecycle import FINAL_STATES, JOB_STATES
 from worker.core.pacing.estimate import Progress, progress
 from worker.core.pacing.policy import NOTHING_KNOWN, PacedJob, PaceModel
-from worker.errors import JobNotFound, OutputMissing, WaitTimeout
-from worker.settings import Settings
+from worker.errors import NotTrackable, OutputMissing
 from worker.storage.select import storage_of
 from worker.store import jobs as store
 from worker.store.engine import database_now
 from worker.store.outputs import output_row
-from worker.system.locked_cache import locked_cache
+from worker.store.reports.search import JobFilter, find_jobs
 
-if TYPE_CHECKING:
-    from worker.coordination.wakeups import WakeUps
-
-WAIT_POLL_SECONDS = 0.5  # the time between two reads of a job in `wait`
+FOUND_MOST = 10_000  # jobs that `find` returns
+BATCH = 500  # jobs whose outputs are read with one query
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +50,8 @@ class Output:
 class Job:
     """A job as it was at `read_at`, a time of the database's clock. Times are aware, in UTC; `eta` is in seconds.
 
+    Two jobs are equal if nothing changed between their reads.
+
     `not_ready_at` is when the API last answered that the job is not ready. `eta_at` is when the eta arrived, if it came
     after the submission. `held_at` is when an operator held the job.
     """
@@ -73,13 +74,18 @@ class Job:
     not_ready_at: datetime | None
     eta_at: datetime | None
     held_at: datetime | None
-    read_at: datetime
+    read_at: datetime = field(compare=False)
     outputs: tuple[Output, ...] = ()
 
     @property
     def final(self) -> bool:
         """Whether the job is in a final state."""
         return self.status in FINAL_STATES
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the job and its outputs as JSON values. Times are ISO 8601 in UTC."""
+        values = asdict(self).items()
+        return {name: iso_time(value) if isinstance(value, datetime) else value for name, value in values}
 
     def progress(self) -> Progress:
         """Return the progress of the job at `read_at`: the chance that it is ready, and the expected remaining time.
@@ -99,17 +105,64 @@ class Job:
             return pace_models.pace_model(connection, self.account, self.kind)
 
 
-def get(job_id: int | None = None, *, remote_id: str | int | None = None, account: str | None = None) -> Job | None:
-    """Return a job with its outputs, by id or by remote id (the newest such job), or `None`."""
+def get(
+    job_id: int | None = None,
+    *,
+    remote_id: str | int | None = None,
+    reference: str | int | UUID | None = None,
+    account: str | None = None,
+) -> Job | None:
+    """Return a job with its outputs, or `None` if there is none.
+
+    Look it up by its id, by the API's remote id, or by the reference that it was tracked with; the last two return the
+    newest such job, with `account` only one of this account. Raises NotTrackable for an argument that can't be right,
+    and Unavailable.
+    """
+    names = {"job_id": job_id, "remote_id": remote_id, "reference": reference}
+    given = [name for name, value in names.items() if value is not None]
+    if len(given) > 1:
+        raise NotTrackable(f"give only one of {', '.join(given)}")
     with transaction(cached_settings()) as connection:
         if job_id is not None:
-            row = store.job_row(connection, job_id)
+            row = store.job_row(connection, checked_job_id(job_id))
+            rows = [] if row is None else [row]
+        elif reference is not None:
+            rows = list(find_jobs(connection, _filter(reference, None, account), limit=1))
         else:
-            rows = store.jobs_by_remote(connection, lookup_id(remote_id), account)
-            row = rows[0] if rows else None
-        if row is None:
-            return None
-        return _job(row, store.outputs_of(connection, [row.id]), database_now(connection))
+            rows = list(store.jobs_by_remote(connection, lookup_id(remote_id), account)[:1])
+        return next(iter(_with_outputs(connection, rows)), None)
+
+
+def find(
+    *,
+    reference: str | int | UUID | None = None,
+    status: str | Iterable[str] | None = None,
+    account: str | None = None,
+    limit: int = 50,
+) -> list[Job]:
+    """Return up to `limit` jobs with their outputs, newest first: all, or those that match.
+
+    `status` is a state or several of them. Raises NotTrackable for an argument that can't be right, and Unavailable.
+    """
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 0 < limit <= FOUND_MOST:
+        raise NotTrackable(f"limit must be a whole number from 1 to {FOUND_MOST:,}, not {limit!r}")
+    job_filter = _filter(reference, status, account)
+    with transaction(cached_settings()) as connection:
+        return _with_outputs(connection, find_jobs(connection, job_filter, limit=limit))
+
+
+def get_output(output_id: int) -> Output | None:
+    """Return an output, stored or not, or `None` if there is none. Raises NotTrackable and Unavailable."""
+    checked = checked_output_id(output_id)
+    with transaction(cached_settings()) as connection:
+        row = output_row(connection, checked)
+    return None if row is None else _output(row)
+
+
+def read_jobs(job_ids: Collection[int]) -> dict[int, Job]:
+    """Return the jobs with these ids that exist, with their outputs, read at one time."""
+    with transaction(cached_settings()) as connection:
+        return {job.id: job for job in _with_outputs(connection, store.job_rows(connection, sorted(job_ids)))}
 
 
 def open_output(output_id: int) -> BinaryIO:
@@ -136,10 +189,7 @@ def output_url(output_id: int, seconds: float = 3_600) -> str:
 
 
 def _location(output_id: int) -> str:
-    if isinstance(output_id, bool) or not isinstance(output_id, int):
-        raise OutputMissing(f"{output_id!r} is not an output id: get(job_id).outputs lists the outputs of a job")
-    with transaction(cached_settings()) as connection:
-        row = output_row(connection, output_id)
+    row = get_output(output_id)
     if row is None:
         raise OutputMissing(f"there is no output {output_id}: get(job_id).outputs lists the outputs of a job")
     if row.location is None:
@@ -147,73 +197,7 @@ def _location(output_id: int) -> str:
             "wait for its job" if row.status == "pending" else "see its error_code, and call retry(job_id) to try again"
         )
         raise OutputMissing(f"output {output_id} is not stored, it is {row.status}: {advice}")
-    return str(row.location)
-
-
-def wait(job_id: int, timeout: float | None = None) -> Job:
-    """Wait until a job is final and return it. `timeout` is in seconds. Raises WaitTimeout and JobNotFound."""
-    deadline = None if timeout is None else _workers.clock() + timeout
-    while True:
-        job = get(job_id)
-        if job is None:
-            raise JobNotFound(f"there is no job {job_id}: `fetch-worker list` shows the jobs")
-        if job.final:
-            return job
-        remaining = None if deadline is None else deadline - _workers.clock()
-        if remaining is not None and remaining <= 0:
-            raise WaitTimeout(
-                f"job {job_id} is still {job.status} after {timeout} s: it continues, so you can wait again"
-            )
-        _workers.pause(job, remaining)
-
-
-class Workers:
-    """The worker processes as a web app sees them: woken over Redis pub/sub; `wait` polls the database."""
-
-    def wake(self, settings: Settings) -> None:
-        """Wake the worker processes, because a job is due earlier than they know. Call it after the commit."""
-        _wake_ups(settings.redis).send()
-
-    def clock(self) -> float:
-        """Return the time in seconds, for time-outs."""
-        return time.monotonic()
-
-    def pause(self, job: Job, max_seconds: float | None) -> None:
-        """Wait a moment for the job to change, at most `max_seconds`."""
-        time.sleep(WAIT_POLL_SECONDS if max_seconds is None else min(WAIT_POLL_SECONDS, max_seconds))
-
-
-_workers = Workers()
-
-
-def wake(settings: Settings) -> None:
-    """Wake the worker processes, because a job is due earlier than they know. Call it after the commit."""
-    _workers.wake(settings)
-
-
-@contextmanager
-def workers_in_place(workers: Workers) -> Iterator[None]:
-    """Replace the workers of this process, for tests. Cached settings and models are cleared before and after."""
-    global _workers
-    replaced, _workers = _workers, workers
-    _clear_caches()
-    try:
-        yield
-    finally:
-        _workers = replaced
-        _clear_caches()
-
-
-def _clear_caches() -> None:
-    cached_settings.cache_clear()
-    pace_models.clear_cache()
-
-
-@locked_cache
-def _wake_ups(redis_url: str) -> "WakeUps":
-    from worker.coordination.wakeups import WakeUps  # only here: redis is slow to import, and reading needs none
-
-    return WakeUps(redis_url)
+    return row.location
 
 
 def lookup_id(remote_id: object) -> str:
@@ -222,10 +206,34 @@ def lookup_id(remote_id: object) -> str:
     return str(remote_id) if is_synthetic else checked_remote_id(remote_id)
 
 
-def _job(row: Row[Any], outputs: Sequence[Row[Any]], now: datetime) -> Job:
+def _filter(reference: object, status: str | Iterable[str] | None, account: object) -> JobFilter:
+    statuses = (status,) if isinstance(status, str) else tuple(status or ())
+    unknown = next((name for name in statuses if name not in JOB_STATES), None)
+    if unknown is not None:
+        raise NotTrackable(f"{quoted(unknown)} is not a state of a job: use {', '.join(JOB_STATES)}")
+    return JobFilter(
+        statuses=statuses,
+        references=() if reference is None else (checked_reference(reference),),
+        accounts=() if account is None else (checked_account(account),),
+    )
+
+
+def _with_outputs(connection: Connection, rows: Sequence[Row[Any]]) -> list[Job]:
+    """Return jobs, in the order of their rows."""
+    if not rows:
+        return []
+    outputs: dict[int, list[Output]] = {}
+    for start in range(0, len(rows), BATCH):
+        for output in store.outputs_of(connection, [row.id for row in rows[start : start + BATCH]]):
+            outputs.setdefault(output.job_id, []).append(_output(output))
+    now = database_now(connection)
+    return [_job(row, outputs.get(row.id, ()), now) for row in rows]
+
+
+def _job(row: Row[Any], outputs: Sequence[Output], now: datetime) -> Job:
     values = row._mapping
     fields = {name: values[name] for name in Job.__dataclass_fields__ if name not in ("outputs", "read_at")}
-    return Job(**fields, read_at=now, outputs=tuple(_output(output) for output in outputs))
+    return Job(**fields, read_at=now, outputs=tuple(outputs))
 
 
 def _output(row: Row[Any]) -> Output:

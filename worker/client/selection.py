@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from worker.core.circuit_breaker import Scope
+from worker.core.humanize import iso_time
 from worker.store.reports.search import JobFilter
 
 # The options of the fields of a filter. `worker.cli.filters` reads them. `by_hand` has none: actions add it themselves.
@@ -63,5 +64,5 @@ def _values(value: Any) -> Iterable[Any]:
 
 def _word(value: Any) -> str:
     if isinstance(value, datetime):
-        return value.isoformat().replace("+00:00", "Z")
+        return iso_time(value)
     return f"{value:.15g}" if isinstance(value, float) else str(value)

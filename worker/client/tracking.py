@@ -1,124 +1,181 @@
-"""Track jobs: `track` and `track_many`, and the checks of their arguments."""
+"""Track jobs: `track` and `track_many`."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
 from zlib import crc32
 
-from sqlalchemy import Connection, event
-from sqlalchemy.orm import Session, scoped_session
+from sqlalchemy import Connection
 
 from worker.client.connection import cached_settings, transaction
-from worker.client.jobs import wake
+from worker.client.job_options import CeleryTask, GivenOptions, JobOptions, checked_kind, checked_options
 from worker.client.pace_models import pace_model
-from worker.configuration.setting_types import MAX_SECONDS
-from worker.core.identity import ACCOUNT
-from worker.core.numbers import positive_number
-from worker.core.on_done_name import on_done_problem, task_and_queue
+from worker.client.sessions import TrackingSession, session_connection, wake_after_commit
+from worker.client.workers import current_workers, wake
 from worker.core.pacing.policy import SPREAD, Pace, PacedJob, PollPlan
-from worker.core.webhook import checked_url
 from worker.errors import ApiRefused, NotTrackable
 from worker.settings import Settings
 from worker.store import jobs as store
 from worker.store.engine import database_now, translate_errors
 from worker.system.redaction import Scrubber, shared_scrubber
-from worker.vendor.families import MAX_KIND
 from worker.vendor.submissions import PlannedJob, planned_job, submit_answer
 
 log = logging.getLogger(__name__)
 
 SOON_SECONDS = 1.0  # a poll run that waits checks for due jobs at least this often
-MAX_REFERENCE = 255
-PRIORITY_LIMIT = 1_000
-_WAKES = "fetch-worker: this session tracked a job that is due soon"
 
 
-class TrackingSession(Protocol):
-    """The interface that `track(session=…)` needs. SQLAlchemy's Session and scoped_session have it."""
+class TrackedJob(int):
+    """The id of a tracked job. `created` is False if the job was tracked before, and this call changed nothing."""
 
-    def connection(self) -> Connection:
-        """Return the connection of the session's transaction."""
-        ...
+    created: bool
+
+    def __new__(cls, job_id: int, created: bool) -> "TrackedJob":
+        """Make an id that remembers whether its job is new."""
+        tracked = super().__new__(cls, job_id)
+        tracked.created = created
+        return tracked
+
+    def __getnewargs__(self) -> tuple[int, bool]:  # type: ignore[override]  # two, where int has one
+        """Return what `pickle` and `copy` make it from."""
+        return int(self), self.created
 
 
-def track(remote: object, *, session: TrackingSession | None = None, **options: Any) -> int:
-    """Track one job and return its id. Tracking the same job again returns the same id and changes nothing.
+def track(
+    remote: object,
+    *,
+    session: TrackingSession | Connection | None = None,
+    account: str = "default",
+    kind: str | None = None,
+    endpoint: str | None = None,
+    fetch_url: str | None = None,
+    eta: float | timedelta | None = None,
+    submitted_at: datetime | str | None = None,
+    priority: int = 0,
+    reference: str | int | UUID | None = None,
+    on_done: str | CeleryTask | None = None,
+    webhook_url: str | None = None,
+    deadline: float | timedelta | None = None,
+) -> TrackedJob:
+    """Track one job: from now on the workers ask the API about it and store its outputs.
 
-    `remote` is the response of the submit call (requests or httpx), the whole submit answer (mapping or JSON text), or
-    the remote id (text or number).
+    Return the id of the job, a `TrackedJob`: an int whose `created` says whether the job is new. Tracking the same job
+    again returns the same id and changes nothing, so a call can always be repeated.
 
-    Options: `account`; `kind`; `endpoint`, the URL or path that the order was posted to (needed if neither the answer
-    nor the response shows the API family); `fetch_url`; `eta` in seconds; `submitted_at`, an aware datetime; `priority`
-    (jobs with a higher priority are polled first); `reference`, your own name for the job; `on_done`, as `task` or
-    `queue/task`; `webhook_url`, which receives every final state, signed with WEBHOOK_SECRET; `deadline`, in seconds
-    from submission. With `session` the row is committed or rolled back with the caller's transaction.
+        job_id = track(response)                          # what the submit call returned
+        job_id = track(answer, endpoint="v6/video/text2video")
+        job_id = track(response, session=session)         # committed or rolled back with your transaction
 
-    Raises ApiRefused if the API refused the order, and NotTrackable for anything else that can't become a job; nothing
-    is written in both cases. Raises SchemaOutdated and Unavailable.
+    Arguments:
+
+    remote
+        The response of the submit call (requests or httpx), its whole answer (a mapping or JSON text), or the remote id
+        alone (text or a number).
+    session
+        A SQLAlchemy Session, scoped_session or Connection. The job is written in its transaction. Without it, the job
+        is committed at once. For an AsyncSession use `worker.aio.track`.
+    account
+        The account whose API key is used.
+    kind
+        A name for jobs that take about equally long. Default: from the fetch address and the model.
+    endpoint
+        The URL or path that the order was posted to, such as "v6/video/text2video". Needed if neither the answer nor
+        the response shows the API family.
+    fetch_url
+        The `fetch_result` of the submit answer, for a bare remote id.
+    eta
+        The expected duration: seconds or a timedelta. Default: the `eta` of the submit answer.
+    submitted_at
+        When the order was submitted: an aware datetime, or ISO 8601 with a time zone. Default: now.
+    priority
+        From -1000 to 1000. Jobs with a higher priority are polled first.
+    reference
+        Your own name for the job, to find it by: text, a number or a UUID.
+    on_done
+        The Celery task to call with the job's id for every final state: the task itself, "task.name", or
+        "queue/task.name".
+    webhook_url
+        The URL that receives every final state, signed with WEBHOOK_SECRET.
+    deadline
+        The time from submission after which the job may expire: seconds or a timedelta. Default: by kind.
+
+    Raises ApiRefused if the API refused the order, NotTrackable for anything else that can't become a job, and
+    SchemaOutdated and Unavailable. Nothing is written then.
     """
-    return track_many([remote], session=session, **options)[0]
+    (tracked,) = track_many(
+        [remote],
+        session=session,
+        account=account,
+        kind=kind,
+        endpoint=endpoint,
+        fetch_url=fetch_url,
+        eta=eta,
+        submitted_at=submitted_at,
+        priority=priority,
+        reference=reference,
+        on_done=on_done,
+        webhook_url=webhook_url,
+        deadline=deadline,
+    )
+    return tracked
 
 
-def track_many(remotes: Sequence[object], *, session: TrackingSession | None = None, **options: Any) -> list[int]:
-    """Track jobs in one transaction. Return their ids in order. If one job can't be tracked, none is."""
-    return [job_id for job_id, _ in track_with_created(remotes, session=session, **options)]
+def track_many(
+    remotes: Iterable[object],
+    *,
+    session: TrackingSession | Connection | None = None,
+    account: str = "default",
+    kind: str | None = None,
+    endpoint: str | None = None,
+    fetch_url: str | None = None,
+    eta: float | timedelta | None = None,
+    submitted_at: datetime | str | None = None,
+    priority: int = 0,
+    reference: str | int | UUID | None = None,
+    on_done: str | CeleryTask | None = None,
+    webhook_url: str | None = None,
+    deadline: float | timedelta | None = None,
+) -> list[TrackedJob]:
+    """Track jobs in one transaction and return their ids in order. If one of them can't be tracked, none is.
+
+    `remotes` is a list, or any other iterable, of what `track` takes. The keywords, which hold for all of the jobs, and
+    the errors are those of `track`.
+    """
+    given: GivenOptions = {
+        "account": account,
+        "kind": kind,
+        "endpoint": endpoint,
+        "fetch_url": fetch_url,
+        "eta": eta,
+        "submitted_at": submitted_at,
+        "priority": priority,
+        "reference": reference,
+        "on_done": on_done,
+        "webhook_url": webhook_url,
+        "deadline": deadline,
+    }
+    return track_given(remotes, given, session)
 
 
-def track_with_created(
-    remotes: Sequence[object], *, session: TrackingSession | None = None, **options: Any
-) -> list[tuple[int, bool]]:
-    """Track jobs like `track_many`. Return for each its id and whether it is new."""
+def track_given(
+    remotes: Iterable[object], given: GivenOptions, session: TrackingSession | Connection | None
+) -> list[TrackedJob]:
+    """Track jobs like `track_many`, with the options as a dictionary."""
     settings = cached_settings()
-    scrubber = shared_scrubber(settings.secret_texts)
-    options = {name: scrubber.links(value) if isinstance(value, str) else value for name, value in options.items()}
-    try:
-        checked_options = _options(settings, scrubber, **options)
-        plans = [_plan(settings, scrubber, checked_options, _scrubbed(scrubber, remote)) for remote in remotes]
-    except ApiRefused as refused:
-        # the messages quote the arguments, and callers log the errors they catch
-        raise ApiRefused(
-            scrubber.text(str(refused)), message=scrubber.text(refused.message), answer=refused.answer
-        ) from None
-    except NotTrackable as refused:
-        raise type(refused)(scrubber.text(str(refused))) from None
+    planned = plan_jobs(settings, remotes, given)
     if session is not None:
-        if hasattr(session, "sync_session"):  # an AsyncSession
-            raise NotTrackable(
-                "session is an AsyncSession: use `await session.run_sync(lambda sync: track(…, session=sync))`"
-            )
-        connection = session.connection()
-        with translate_errors(connection.engine.url):
-            tracked_jobs, due_soon = _insert(connection, settings, checked_options, plans)
-        if due_soon:
-            _wake_after_commit(session)
-        return tracked_jobs
+        return insert_planned(session, settings, planned)
     with transaction(settings) as connection:
-        tracked_jobs, due_soon = _insert(connection, settings, checked_options, plans)
+        tracked, due_soon = _insert(connection, settings, planned)
     if due_soon:
         wake(settings)  # after the commit: the rows must be there
-    return tracked_jobs
+    return tracked
 
 
 # ── planning ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """The validated options of a call, for all its jobs."""
-
-    account: str
-    kind: str | None
-    endpoint: str | None
-    fetch_url: str | None
-    eta: float | None
-    submitted_at: datetime | None
-    priority: int
-    reference: str | None
-    on_done: str | None
-    webhook_url: str | None
-    deadline: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,42 +186,50 @@ class _Plan:
     deadline: float
 
 
-def _options(
-    settings: Settings,
-    scrubber: Scrubber,
-    *,
-    account: str = "default",
-    kind: str | None = None,
-    endpoint: str | None = None,
-    fetch_url: str | None = None,
-    eta: float | None = None,
-    submitted_at: datetime | str | None = None,
-    priority: int = 0,
-    reference: str | None = None,
-    on_done: str | None = None,
-    webhook_url: str | None = None,
-    deadline: float | None = None,
-) -> _Options:
-    if not isinstance(account, str) or not ACCOUNT.fullmatch(account):
-        raise NotTrackable(f"{account!r} is not a valid account name: use at most 64 letters, digits, '.', '_' and '-'")
-    if fetch_url is not None and not isinstance(fetch_url, str):
-        raise NotTrackable(f"fetch_url must be text, not {type(fetch_url).__name__}")
-    return _Options(
-        account=account,
-        kind=kind or None,
-        endpoint=endpoint or None,
-        fetch_url=fetch_url,
-        eta=None if eta in (None, 0, "") else _checked_seconds(eta, "eta"),
-        submitted_at=_moment(submitted_at),
-        priority=_priority(priority),
-        reference=None if reference is None else scrubber.text(checked_reference(reference)),
-        on_done=None if on_done is None else scrubber.text(_on_done(on_done, settings)),
-        webhook_url=None if not webhook_url else scrubber.link(_webhook(webhook_url, settings)),
-        deadline=None if deadline is None else _checked_seconds(deadline, "deadline"),
-    )
+@dataclass(frozen=True, slots=True)
+class PlannedJobs:
+    """Checked jobs that are not written yet."""
+
+    options: JobOptions
+    plans: Sequence[_Plan]
+
+    @property
+    def in_lock_order(self) -> list[int]:
+        """The positions of the jobs in the order in which every transaction inserts jobs, so that none can deadlock."""
+        places = [(plan.job.address.base, plan.job.submission.remote_id) for plan in self.plans]
+        return sorted(range(len(places)), key=places.__getitem__)
+
+    def part(self, positions: Iterable[int]) -> "PlannedJobs":
+        """Return the jobs at these positions."""
+        return PlannedJobs(self.options, [self.plans[position] for position in positions])
 
 
-def _plan(settings: Settings, scrubber: Scrubber, options: _Options, remote: object) -> _Plan:
+def plan_jobs(settings: Settings, remotes: Iterable[object], given: GivenOptions) -> PlannedJobs:
+    """Check what an app passed, without a database. Raises NotTrackable and ApiRefused."""
+    scrubber = shared_scrubber(settings.secret_texts)
+    try:
+        options = checked_options(settings, scrubber, given)
+        plans = [_plan(settings, scrubber, options, _scrubbed(scrubber, remote)) for remote in _listed(remotes)]
+    except ApiRefused as refused:
+        # the messages quote the arguments, and callers log the errors they catch
+        raise ApiRefused(
+            scrubber.text(str(refused)), message=scrubber.text(refused.message), answer=refused.answer
+        ) from None
+    except NotTrackable as refused:
+        raise type(refused)(scrubber.text(str(refused))) from None
+    return PlannedJobs(options, plans)
+
+
+def _listed(remotes: object) -> list[object]:
+    """Return several jobs as a list. Raises NotTrackable for one job, or for what is no collection."""
+    if isinstance(remotes, (str, bytes, Mapping)) or submit_answer(remotes) is not None:
+        raise NotTrackable("track_many needs a list of jobs, this is one job: call track, or write `track_many([…])`")
+    if not isinstance(remotes, Iterable):
+        raise NotTrackable(f"track_many needs a list of jobs, not {type(remotes).__name__}")
+    return list(remotes)
+
+
+def _plan(settings: Settings, scrubber: Scrubber, options: JobOptions, remote: object) -> _Plan:
     job = planned_job(
         remote,
         settings.api,
@@ -174,14 +239,12 @@ def _plan(settings: Settings, scrubber: Scrubber, options: _Options, remote: obj
     )
     if job.warning is not None:
         log.warning("%s", scrubber.text(job.warning))
-    kind = options.kind or job.kind
-    if not isinstance(kind, str) or len(kind) > MAX_KIND:
-        raise NotTrackable(f"kind must be text of at most {MAX_KIND} characters")
+    kind = checked_kind(options.kind or job.kind)
     deadline = settings.deadline_for(kind) if options.deadline is None else options.deadline
     eta = job.submission.eta if options.eta is None else options.eta
     return _Plan(
         job=job,
-        kind=scrubber.text(_plain(kind, "kind")),
+        kind=scrubber.text(kind),
         eta=None if eta is None or eta > deadline else eta,  # an eta beyond the deadline is ignored
         deadline=deadline,
     )
@@ -196,18 +259,31 @@ def _scrubbed(scrubber: Scrubber, remote: object) -> object:
     return answer._replace(fields=fields, url=None if answer.url is None else scrubber.link(answer.url))
 
 
-def _insert(
-    connection: Connection, settings: Settings, options: _Options, plans: Sequence[_Plan]
-) -> tuple[list[tuple[int, bool]], bool]:
-    """Insert the jobs. Return for each its id and whether it is new, and whether any is due within SOON_SECONDS."""
+# ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def insert_planned(session: TrackingSession | Connection, settings: Settings, planned: PlannedJobs) -> list[TrackedJob]:
+    """Insert jobs in the transaction of a session, and wake the workers after its commit if one is due soon."""
+    connection = session_connection(session)
+    current_workers().check_database(connection)
+    with translate_errors(connection.engine.url):
+        tracked, due_soon = _insert(connection, settings, planned)
+    if due_soon:
+        wake_after_commit(session)
+    return tracked
+
+
+def _insert(connection: Connection, settings: Settings, planned: PlannedJobs) -> tuple[list[TrackedJob], bool]:
+    """Insert the jobs. Return their ids, and whether any is due within SOON_SECONDS."""
     now = database_now(connection)
-    paced = _Paced(connection, settings.pace, options)
-    new = [_new_job(plan, options, paced, now) for plan in plans]
+    paced = _Paced(connection, settings.pace, planned.options)
+    new = [_new_job(plan, planned.options, paced, now) for plan in planned.plans]
+    tracked = [TrackedJob(job_id, created) for job_id, created in store.insert_jobs(connection, new, now=now)]
     due_soon_at = now + timedelta(seconds=SOON_SECONDS)
-    return store.insert_jobs(connection, new, now=now), any(job.due_at < due_soon_at and not job.outputs for job in new)
+    return tracked, any(job.due_at < due_soon_at and not job.outputs for job in new)
 
 
-def _new_job(plan: _Plan, options: _Options, paced: "_Paced", now: datetime) -> store.NewJob:
+def _new_job(plan: _Plan, options: JobOptions, paced: "_Paced", now: datetime) -> store.NewJob:
     submission = plan.job.submission
     submitted_at = min(options.submitted_at or now, now)
     first = paced.first(plan, (now - submitted_at).total_seconds())
@@ -237,7 +313,7 @@ def _new_job(plan: _Plan, options: _Options, paced: "_Paced", now: datetime) -> 
 class _Paced:
     """Plans the first polls of the jobs of a call, once for all jobs with equal kind, eta and deadline."""
 
-    def __init__(self, connection: Connection, pace: Pace, options: _Options) -> None:
+    def __init__(self, connection: Connection, pace: Pace, options: JobOptions) -> None:
         self._connection, self._pace, self._account = connection, pace, options.account
         self._firsts: dict[tuple[str, float | None, float], PollPlan] = {}
 
@@ -250,109 +326,3 @@ class _Paced:
             job = PacedJob(age, eta=plan.eta, seconds_left=plan.deadline - age)
             poll = self._firsts[key] = self._pace.first(job, model, spread=0.0)
         return poll
-
-
-def _moment(value: datetime | str | None) -> datetime | None:
-    if value is None:
-        return None
-    try:
-        moment = datetime.fromisoformat(value) if isinstance(value, str) else value
-    except ValueError:
-        raise NotTrackable(
-            f"submitted_at {str(value)[:60]!r} is not an ISO 8601 time such as 2026-03-01T12:00:00Z"
-        ) from None
-    if not isinstance(moment, datetime) or moment.tzinfo is None:
-        raise NotTrackable("submitted_at needs a time zone, for example datetime.now(UTC)")
-    try:
-        return moment.astimezone(UTC)
-    except OverflowError:
-        raise NotTrackable(
-            f"submitted_at {value!s} is out of range: omit it for a job that was submitted just now"
-        ) from None
-
-
-def _checked_seconds(value: object, name: str) -> float:
-    number = positive_number(value)
-    if number is None or number > MAX_SECONDS:
-        raise NotTrackable(f"{name} must be a positive number of seconds, not {value!r}")
-    return number
-
-
-def _priority(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > PRIORITY_LIMIT:
-        raise NotTrackable(f"priority must be a whole number from -{PRIORITY_LIMIT} to {PRIORITY_LIMIT}, not {value!r}")
-    return value
-
-
-def checked_reference(value: object) -> str:
-    """Return a valid reference as text. Raises NotTrackable."""
-    return _short(value, "reference")
-
-
-def _short(value: object, name: str) -> str:
-    text = str(value) if isinstance(value, int) else value
-    if not isinstance(text, str) or len(text) > MAX_REFERENCE:
-        raise NotTrackable(f"{name} must be text of at most {MAX_REFERENCE} characters")
-    return _plain(text, name)
-
-
-def _plain(text: str, name: str) -> str:
-    if "\x00" in text or not text.isprintable():
-        raise NotTrackable(f"{name} contains unprintable characters: remove them")
-    return text
-
-
-def _webhook(url: object, settings: Settings) -> str:
-    from worker.net.address_guard import (  # imported here: most apps use no webhooks and need no HTTP library
-        Guard,
-        RefusedTarget,
-    )
-
-    webhook_url = checked_url(url)
-    if not settings.webhook_secrets:
-        raise NotTrackable(
-            "webhook_url is refused because there is no secret to sign webhooks with: set WEBHOOK_SECRET to whsec_ and"
-            " the base64 of 24 to 64 random bytes, in the app and in the worker"
-        )
-    try:
-        Guard(settings.webhook_networks).check_url(webhook_url)
-    except RefusedTarget as refused:
-        raise NotTrackable(f"webhook_url is refused: {refused} (see WEBHOOK_ALLOWED_NETWORKS)") from None
-    return webhook_url
-
-
-def _on_done(value: str, settings: Settings) -> str:
-    checked = _short(value, "on_done")
-    task, _ = task_and_queue(checked)
-    problem = on_done_problem(checked)
-    if problem is not None:
-        raise NotTrackable(f"on_done is refused: {problem}")
-    if settings.allowed_tasks is not None and task not in settings.allowed_tasks:
-        raise NotTrackable(
-            f"on_done must not name {task!r}: ON_DONE_TASKS allows only {', '.join(sorted(settings.allowed_tasks))}"
-        )
-    return checked
-
-
-# ── session──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _wake_after_commit(session: TrackingSession) -> None:
-    """Wake the workers after the commit of a session. For other session types the next poll run finds the jobs."""
-    real_session = session() if isinstance(session, scoped_session) else session
-    if isinstance(real_session, Session):
-        if _WAKES not in real_session.info:
-            event.listen(real_session, "after_commit", _committed)
-            event.listen(real_session, "after_rollback", _rolled_back)
-        real_session.info[_WAKES] = True
-
-
-def _committed(session: Session) -> None:
-    if session.info[_WAKES] and not session.in_nested_transaction():
-        session.info[_WAKES] = False
-        wake(cached_settings())
-
-
-def _rolled_back(session: Session) -> None:
-    if not session.in_nested_transaction():
-        session.info[_WAKES] = False

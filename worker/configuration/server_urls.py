@@ -8,6 +8,7 @@ a part of the URL that may contain the password.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from sqlalchemy.engine import URL, make_url
@@ -383,3 +384,22 @@ def _refuse_unknown_tls(options: Mapping[str, str], supported: set[str], example
     unknown = sorted(name for name in options if re.search("ssl|tls|cert", name) and name not in supported)
     if unknown and re.fullmatch(r"[a-z0-9_]{1,40}", unknown[0]):
         raise ValueError(f"has the option {unknown[0]}, which the driver does not support; for example {example}")
+
+
+def same_database(first: URL, second: URL) -> bool:
+    """Return whether two URLs name the same database, whatever their drivers and users are.
+
+    >>> same_database(make_url("mysql://a@localhost/shop"), make_url("mariadb+pymysql://127.0.0.1:3306/shop"))
+    True
+    """
+    return _place(first) == _place(second)
+
+
+def _place(url: URL) -> tuple[object, ...]:
+    backend = url.get_backend_name().replace("mariadb", "mysql")
+    if backend == "sqlite":
+        in_memory = not url.database or url.database.startswith((":memory:", "file:"))
+        return backend, url.database if in_memory else Path(url.database or "").absolute()
+    host = url.host or url.query.get("host") or url.query.get("unix_socket") or "localhost"
+    port = url.port or {"postgresql": 5432, "mysql": 3306}.get(backend)
+    return backend, "127.0.0.1" if host == "localhost" else host, port, url.database

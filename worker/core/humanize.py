@@ -1,4 +1,6 @@
-"""Durations and byte sizes formatted for people. Pure."""
+"""Durations, byte sizes and times as text. Pure."""
+
+from datetime import datetime
 
 
 def format_duration(seconds: float) -> str:
@@ -39,3 +41,13 @@ def format_count(count: int, noun: str) -> str:
     ('1 attempt', '0 attempts', '1,200 jobs')
     """
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def iso_time(moment: datetime) -> str:
+    """Return a time of UTC in ISO 8601, with Z.
+
+    >>> from datetime import UTC
+    >>> iso_time(datetime(2026, 3, 1, 12, tzinfo=UTC))
+    '2026-03-01T12:00:00Z'
+    """
+    return moment.isoformat().replace("+00:00", "Z")

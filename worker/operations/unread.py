@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row
 
-from worker.client.jobs import wake
+from worker.client.workers import wake
 from worker.core.answer_names import ANSWER_NAMES
 from worker.core.lifecycle import (
     ERROR_ANSWERS,

@@ -215,6 +215,16 @@ def job_row(connection: Connection, job_id: int) -> Row[Any] | None:
     return connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
 
 
+def job_rows(connection: Connection, job_ids: Sequence[int]) -> list[Row[Any]]:
+    """Return the rows of the jobs with these ids that exist, some hundred per query."""
+    known = [job_id for job_id in job_ids if 0 < job_id <= MAX_ID]
+    return [
+        row
+        for start in range(0, len(known), INSERT_ROWS)
+        for row in connection.execute(select(jobs).where(jobs.c.id.in_(known[start : start + INSERT_ROWS])))
+    ]
+
+
 def jobs_by_remote(connection: Connection, remote_id: str, account: str | None) -> Sequence[Row[Any]]:
     """Return all jobs with this remote id, newest first. Endpoint families may use the same ids."""
     query = select(jobs).where(jobs.c.remote_id == remote_id).order_by(jobs.c.id.desc())

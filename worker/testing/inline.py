@@ -14,15 +14,17 @@ from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 from pydantic import SecretStr
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import OperationalError
 
 from worker.client import jobs as client_jobs
-from worker.client.jobs import Job, Workers
+from worker.client.jobs import Job
+from worker.client.workers import Workers
+from worker.configuration.server_urls import same_database
 from worker.coordination.leases import LeaseKeeper
 from worker.coordination.rate_limiter import RateLimiter, Reservation
 from worker.core.lifecycle import PROMISE_PATIENCE
-from worker.core.webhook import headers
+from worker.core.webhook import headers, with_addresses
 from worker.downloads.downloader import Downloader
 from worker.downloads.options import download_options
 from worker.errors import JobNotFound, WorkerError
@@ -36,7 +38,7 @@ from worker.polling.api_client import MAX_ANSWER_BYTES, ApiClient
 from worker.polling.options import AfterCommit, PollOptions
 from worker.polling.poller import Poller
 from worker.settings import Settings
-from worker.storage.select import storage_for
+from worker.storage.select import public_addresses, storage_for
 from worker.store.due_work import due_outputs, next_download, next_request, unfinished_jobs, waiting_jobs
 from worker.store.engine import database_now, error_kind
 from worker.store.events import claim_events, create_events, record_delivery
@@ -94,6 +96,8 @@ class FetchWorker(Workers):
     Set `celery` to your Celery app to run the `on_done` tasks at once in this process. `works` lists the kinds of work
     that the worker does, in order; append your own if a test needs more.
     """
+
+    in_steps = True
 
     def __init__(self, engine: Engine, settings: Settings, api: FetchApi, clock: Clock) -> None:
         self.engine = engine
@@ -161,6 +165,18 @@ class FetchWorker(Workers):
 
     def wake(self, settings: Settings) -> None:
         """Do nothing: this worker looks for due jobs itself."""
+
+    def check_database(self, connection: Connection) -> None:
+        """Raise KitError if a job would be tracked in another database than the kit's."""
+        engine = connection.engine
+        in_memory = engine.dialect.name == "sqlite" and engine.url.database in (None, "", ":memory:")
+        own = getattr(self.engine, "real_engine", self.engine)
+        if engine is own if in_memory else same_database(engine.url, self.engine.url):
+            return
+        raise KitError(
+            f"this job would be tracked in {engine.url.render_as_string()}, but the test kit uses"
+            f" {self.engine.url.render_as_string()}: let a fixture `fetch_database` return your test's database"
+        )
 
     def clock(self) -> float:
         """Return the seconds of the test clock."""
@@ -353,14 +369,17 @@ class _WebhookWork(Work):
                 record_delivery(
                     connection, event, now=now, ended="delivered", due_at=None, http_status=200, message=None
                 )
-        secrets, at = self._worker.settings.webhook_secrets, int(time.time())
-        self._worker.webhooks += [
-            Sent(event.url, headers(secrets, event.event_id, at, event.body), event.body) for event in due
-        ]
+        settings, at = self._worker.settings, int(time.time())
+        for event in due:
+            body = with_addresses(event.body, public_addresses(settings))
+            signed = headers(settings.webhook_secrets, event.event_id, at, body)
+            self._worker.webhooks.append(Sent(event.url, signed, body))
         return bool(due)
 
 
 def _run_task(app: Any, call: Told) -> None:
+    if call.task not in app.tasks:
+        app.loader.import_default_modules()  # what `autodiscover_tasks` names is imported only now, as in a worker
     task = app.tasks.get(call.task)
     if task is None:
         names = ", ".join(sorted(name for name in app.tasks if not name.startswith("celery."))) or "none"

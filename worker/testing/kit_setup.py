@@ -13,7 +13,8 @@ from urllib.parse import quote
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import URL, make_url
 
-from worker.client.jobs import workers_in_place
+from worker.client.connection import AppDatabase, app_database, use_app_database
+from worker.client.workers import workers_in_place
 from worker.errors import SchemaOutdated
 from worker.settings import DOTENV_SWITCH, Settings, load
 from worker.store.engine import check_schema, make_engine, use_clock, use_engine
@@ -41,18 +42,23 @@ def kit(folder: Path, *, database: object = None, tables: Path | None = None) ->
     """Provide the kit for one test. All files are written below `folder`.
 
     `database` is the app's database with the tables of fetch-worker: a URL, an engine (required for an in-memory
-    database), or a connection with a transaction that the test rolls back. Without it, the kit uses a new SQLite file,
-    copied from `tables` (see `migrated_file`) if given. Environment variables point to these parts inside the `with`
+    database), or a connection with a transaction that the test rolls back. Without it, the kit uses the connection of
+    Django if `worker.django` is installed, and else a new SQLite file, copied from `tables` (see `migrated_file`) if
+    given. Environment variables point to these parts inside the `with`
     block. Raises KitError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     clock = Clock()
     with ExitStack() as stack:
         api = stack.enter_context(FetchApi(clock))
+        if database is None:
+            database = app_database()
+        else:
+            stack.enter_context(_without_app_database())
         new_file = _new_file(folder, tables) if database is None else None
         url = new_file or _url_of(database)
         settings = stack.enter_context(_environment(folder, url, api))
-        engine = stack.enter_context(_engine(settings, None if new_file is not None else database))
+        engine = stack.enter_context(_engine(settings, database))
         _check(engine)
         stack.enter_context(use_engine(settings.database, engine))
         stack.enter_context(use_clock(clock.now))
@@ -86,6 +92,8 @@ def _url_of(database: object) -> URL:
         return database.url
     if isinstance(database, Connection):
         return database.engine.url
+    if database is app_database():
+        return cast("AppDatabase", database).url
     kind = type(database).__name__
     hint = "pass its URL" if hasattr(database, "sync_engine") else "pass a URL, an Engine or a Connection"
     raise KitError(f"fetch_database returned {kind}, which the kit cannot use: {hint}")
@@ -130,6 +138,9 @@ def _engine(settings: Settings, database: object) -> Iterator[Engine]:
         return
     if isinstance(database, Connection):
         yield cast("Engine", _SingleConnectionEngine(database))
+        return
+    if database is not None and database is app_database():
+        yield cast("Engine", _AppEngine(cast("AppDatabase", database)))
         return
     engine = _sqlite_engines.engine(settings.database) if database is None else make_engine(settings.database)
     try:
@@ -178,11 +189,37 @@ def _check(engine: Engine) -> None:
         ) from None
 
 
+@contextmanager
+def _without_app_database() -> Iterator[None]:
+    """Let the app's calls use the kit's database instead of the connection of the app's framework."""
+    replaced = app_database()
+    use_app_database(None)
+    try:
+        yield
+    finally:
+        use_app_database(replaced)
+
+
+class _AppEngine:
+    """Engine over the connection of the app's framework. Each transaction is one of the framework."""
+
+    def __init__(self, database: AppDatabase) -> None:
+        self.url = database.url
+        with database.transaction() as connection:
+            self.dialect = connection.dialect
+            self.real_engine = connection.engine
+        self.begin = self.connect = database.transaction
+
+    def execution_options(self, **_: object) -> "_AppEngine":
+        return self
+
+
 class _SingleConnectionEngine:
     """Engine over a test's own connection. Each transaction is a savepoint in the transaction that the test opened."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self.real_engine = connection.engine
         self.url = connection.engine.url
         self.dialect = connection.dialect
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from functools import cache
 
 from worker.client.actions import nudge_reference
-from worker.client.tracking import checked_reference
+from worker.client.job_options import checked_reference
 from worker.errors import NotTrackable, SettingsError, Unavailable
 from worker.settings import load
 

@@ -1,0 +1,124 @@
+"""Track jobs from an asyncio app, at once or in the transaction of an AsyncSession."""
+
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+
+from worker.aio.threads import in_thread
+from worker.client.connection import cached_settings
+from worker.client.job_options import CeleryTask, GivenOptions
+from worker.client.tracking import PlannedJobs, TrackedJob, insert_planned, plan_jobs, track_given
+from worker.errors import NotTrackable
+
+PART = 250  # jobs that are written without giving the event loop a turn: some milliseconds
+
+Session = AsyncSession | AsyncConnection | async_scoped_session[AsyncSession]
+
+
+async def track(
+    remote: object,
+    *,
+    session: Session | None = None,
+    account: str = "default",
+    kind: str | None = None,
+    endpoint: str | None = None,
+    fetch_url: str | None = None,
+    eta: float | timedelta | None = None,
+    submitted_at: datetime | str | None = None,
+    priority: int = 0,
+    reference: str | int | UUID | None = None,
+    on_done: str | CeleryTask | None = None,
+    webhook_url: str | None = None,
+    deadline: float | timedelta | None = None,
+) -> TrackedJob:
+    """Track one job and return its id, like `worker.track`, which describes the arguments.
+
+    `session` is an AsyncSession or AsyncConnection: the job is written in its transaction.
+
+        async with AsyncSession(engine) as session, session.begin():
+            job_id = await aio.track(response, session=session)
+    """
+    (tracked,) = await track_many(
+        [remote],
+        session=session,
+        account=account,
+        kind=kind,
+        endpoint=endpoint,
+        fetch_url=fetch_url,
+        eta=eta,
+        submitted_at=submitted_at,
+        priority=priority,
+        reference=reference,
+        on_done=on_done,
+        webhook_url=webhook_url,
+        deadline=deadline,
+    )
+    return tracked
+
+
+async def track_many(
+    remotes: Iterable[object],
+    *,
+    session: Session | None = None,
+    account: str = "default",
+    kind: str | None = None,
+    endpoint: str | None = None,
+    fetch_url: str | None = None,
+    eta: float | timedelta | None = None,
+    submitted_at: datetime | str | None = None,
+    priority: int = 0,
+    reference: str | int | UUID | None = None,
+    on_done: str | CeleryTask | None = None,
+    webhook_url: str | None = None,
+    deadline: float | timedelta | None = None,
+) -> list[TrackedJob]:
+    """Track jobs in one transaction and return their ids in order, like `worker.track_many`."""
+    given: GivenOptions = {
+        "account": account,
+        "kind": kind,
+        "endpoint": endpoint,
+        "fetch_url": fetch_url,
+        "eta": eta,
+        "submitted_at": submitted_at,
+        "priority": priority,
+        "reference": reference,
+        "on_done": on_done,
+        "webhook_url": webhook_url,
+        "deadline": deadline,
+    }
+    if session is None:
+        return await in_thread(track_given, remotes, given, None)
+    return await _track_in(_checked(session), remotes, given)
+
+
+async def _track_in(
+    session: AsyncSession | AsyncConnection, remotes: Iterable[object], given: GivenOptions
+) -> list[TrackedJob]:
+    """Plan the jobs in a thread, and write them through the session, part by part."""
+    settings = await in_thread(cached_settings)
+    parts = await in_thread(lambda: _parts(plan_jobs(settings, remotes, given)))
+    tracked: dict[int, TrackedJob] = {}
+    for positions, part in parts:
+        ids = await session.run_sync(insert_planned, settings, part)
+        tracked.update(zip(positions, ids, strict=True))
+    return [tracked[position] for position in range(len(tracked))]
+
+
+def _parts(planned: PlannedJobs) -> list[tuple[list[int], PlannedJobs]]:
+    """Return the jobs in parts, each with the positions of its jobs. All calls write jobs in the same order."""
+    order = planned.in_lock_order
+    starts = range(0, len(order), PART)
+    return [(order[start : start + PART], planned.part(order[start : start + PART])) for start in starts]
+
+
+def _checked(session: object) -> AsyncSession | AsyncConnection:
+    if isinstance(session, async_scoped_session):
+        session = session()
+    if isinstance(session, (AsyncSession, AsyncConnection)):
+        return session
+    raise NotTrackable(
+        f"session must be an AsyncSession or AsyncConnection, not a {type(session).__name__}: write"
+        " `await aio.track(…, session=async_session)`, or call `worker.track(…, session=session)`"
+    )

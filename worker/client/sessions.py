@@ -1,0 +1,104 @@
+"""The `session` argument: the database connection behind it, and the wake-up after its commit."""
+
+import asyncio
+from typing import Protocol
+
+from sqlalchemy import Connection, event
+from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.orm import Session, scoped_session
+
+from worker.client.connection import cached_settings
+from worker.client.workers import wake
+from worker.errors import NotTrackable
+
+ASYNC_MODULE = "sqlalchemy.ext.asyncio"
+_WAKES = "fetch-worker: this session tracked a job that is due soon"
+
+
+class TrackingSession(Protocol):
+    """A SQLAlchemy Session or scoped_session, also Flask-SQLAlchemy's `db.session`."""
+
+    def connection(self) -> Connection:
+        """Return the connection of the session's transaction."""
+        ...
+
+
+def session_connection(session: TrackingSession | Connection) -> Connection:
+    """Return the connection of a session's transaction. Raises NotTrackable; the message shows the line to write."""
+    if isinstance(session, Connection):
+        if session.closed:
+            raise NotTrackable("session is a closed Connection: call track before it is closed")
+        return session
+    if _is_async(session):
+        raise NotTrackable(
+            f"session is an {type(session).__name__}: write `await worker.aio.track(…, session=session)`"
+        )
+    if isinstance(session, type) or not callable(getattr(session, "connection", None)):
+        raise NotTrackable(f"session must be a SQLAlchemy Session or Connection: {_advice(session)}")
+    try:
+        connection = session.connection()
+    except UnboundExecutionError:
+        raise NotTrackable(
+            "session has no engine of its own: write `track(…, session=session.connection(bind_arguments={…}))`"
+        ) from None
+    if not isinstance(connection, Connection):
+        raise NotTrackable(f"session must be a SQLAlchemy Session or Connection: {_advice(session)}")
+    return connection
+
+
+def _is_async(session: object) -> bool:
+    return any(base.__module__.startswith(ASYNC_MODULE) for base in type(session).__mro__)
+
+
+def _advice(session: object) -> str:
+    name = session.__name__ if isinstance(session, type) else type(session).__name__
+    if isinstance(getattr(session, "session", None), (Session, scoped_session)):  # Flask-SQLAlchemy's `db`
+        return f"this is a {name}, write `track(…, session=db.session)`"
+    if type(session).__module__.startswith("django."):
+        return f"this is Django's {name}, add 'worker.django' to INSTALLED_APPS and write `track(…)` without a session"
+    if callable(session) or hasattr(session, "connect"):
+        return f"this is a {name}, write `with Session(engine) as session, session.begin(): track(…, session=session)`"
+    return f"this is a {name}, write `track(…, session=session)` with the session of your transaction, or leave it out"
+
+
+def wake_after_commit(session: TrackingSession | Connection) -> None:
+    """Wake the workers when the transaction is committed, because a job in it is due soon.
+
+    For other session types the next poll run finds the jobs, a second later at most.
+    """
+    if isinstance(session, Connection):
+        # SQLAlchemy announces a commit just before it. That is soon enough: a woken worker looks again and again.
+        if not event.contains(session, "commit", _connection_commits):
+            event.listen(session, "commit", _connection_commits)
+        return
+    real_session = session() if isinstance(session, scoped_session) else session
+    if isinstance(real_session, Session):
+        if _WAKES not in real_session.info:
+            event.listen(real_session, "after_commit", _committed)
+            event.listen(real_session, "after_rollback", _rolled_back)
+        real_session.info[_WAKES] = True
+
+
+def _connection_commits(_: Connection) -> None:
+    _wake()
+
+
+def _committed(session: Session) -> None:
+    if session.info[_WAKES] and not session.in_nested_transaction():
+        session.info[_WAKES] = False
+        _wake()
+
+
+def _rolled_back(session: Session) -> None:
+    if not session.in_nested_transaction():
+        session.info[_WAKES] = False
+
+
+def _wake() -> None:
+    """Wake the workers. On the thread of an event loop, do it in another thread: Redis may be slow to answer."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        wake(cached_settings())
+    else:
+        loop.run_in_executor(None, lambda: wake(cached_settings()))
