@@ -59,9 +59,9 @@ def test_autogenerate_of_flask_migrate_ignores_our_tables(engine: Engine, tmp_pa
     (tmp_path / "app.py").write_text(FLASK_APP)
     _flask(tmp_path, engine, "db", "init")
     try:
-        _flask(tmp_path, engine, "db", "migrate", "--rev-id", "one")
+        _flask(tmp_path, engine, "db", "migrate", "--rev-id", "one", "-m", "first")
         _flask(tmp_path, engine, "db", "upgrade")
-        _flask(tmp_path, engine, "db", "migrate", "--rev-id", "two")
+        _flask(tmp_path, engine, "db", "migrate", "--rev-id", "two", "-m", "second")
     finally:
         with engine.begin() as connection:
             for table in ('"order"' if engine.dialect.name != "mariadb" else "`order`", "alembic_version"):

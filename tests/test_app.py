@@ -40,10 +40,11 @@ def app() -> Celery:
     return app
 
 
-def test_only_track_keeps_a_result_and_only_track_and_nudge_are_acknowledged_late(app: Celery) -> None:
+def test_only_track_and_get_keep_a_result_and_only_track_and_nudge_are_acknowledged_late(app: Celery) -> None:
     tasks = {name: task for name, task in app.tasks.items() if name.startswith("worker.")}
     assert set(tasks) == {
         "worker.track",
+        "worker.get",
         "worker.nudge",
         "worker.cancel",
         "worker.retry",
@@ -52,7 +53,7 @@ def test_only_track_keeps_a_result_and_only_track_and_nudge_are_acknowledged_lat
         "worker.download",
         "worker.prune",
     }
-    assert {name for name, task in tasks.items() if not task.ignore_result} == {"worker.track"}
+    assert {name for name, task in tasks.items() if not task.ignore_result} == {"worker.track", "worker.get"}
     assert {name for name, task in tasks.items() if task.acks_late} == {"worker.track", "worker.nudge"}
 
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from worker import aio as aio
     from worker.client.actions import cancel as cancel
     from worker.client.actions import nudge as nudge
     from worker.client.actions import retry as retry
@@ -70,6 +71,8 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module."""
+    if name == "aio":
+        return import_module("worker.aio")
     if name not in _HOME:
         raise AttributeError(f"module 'worker' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
@@ -77,4 +80,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """Return the public names."""
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_HOME, "aio"])

@@ -1,7 +1,7 @@
 """The Celery app: `celery -A worker.app worker|beat|flower`. Only Celery's settings are here; the tasks do the work.
 
 The table is the queue, and a Celery message is a hint. So no task waits in a worker's memory (no ETA, no countdown, no
-retry), only `worker.track` keeps its result, and every message may be lost, late or duplicated.
+retry), only `worker.track` and `worker.get` keep their results, and every message may be lost, late or duplicated.
 """
 
 import logging

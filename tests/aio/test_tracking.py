@@ -184,10 +184,10 @@ async def _longest_gap(seconds: float) -> float:
 @pytest.mark.parametrize(
     ("session", "message"),
     [
-        (Session, "session must be an AsyncSession or AsyncConnection, not a type"),
-        (Session(), "not a Session: write `await aio.track(…, session=async_session)`, or call `worker.track"),
-        (async_sessionmaker(), "not a async_sessionmaker"),
-        ("session", "not a str"),
+        (Session, "session must be an AsyncSession or AsyncConnection, not of type type"),
+        (Session(), "not of type Session: write `await aio.track(…, session=async_session)`, or call `worker.track"),
+        (async_sessionmaker(), "not of type async_sessionmaker"),
+        ("session", "not of type str"),
     ],
 )
 def test_another_kind_of_session_is_refused_with_the_line_to_write(
@@ -218,7 +218,7 @@ def test_track_refuses_an_asynchronous_session_and_names_aio(database: Engine) -
 
     asyncio.run(run())
     assert refusals == [
-        "session is an AsyncSession: write `await worker.aio.track(…, session=session)`",
-        "session is an AsyncConnection: write `await worker.aio.track(…, session=session)`",
+        "session is of type AsyncSession: write `await worker.aio.track(…, session=session)`",
+        "session is of type AsyncConnection: write `await worker.aio.track(…, session=session)`",
     ]
     assert create_engine is not None

@@ -197,7 +197,12 @@ def test_given_a_job_id_that_is_no_number_then_each_call_says_what_to_write(
     assert str(refused.value) == message
 
 
-def test_given_two_names_of_a_job_then_get_asks_for_one(database: Engine) -> None:
+def test_given_none_or_two_names_of_a_job_then_get_asks_for_one(database: Engine) -> None:
+    """An empty column of the app is None."""
+    lookups: list[dict[str, Any]] = [{}, {"job_id": None}, {"remote_id": None}, {"reference": None}]
+    for lookup in lookups:
+        with pytest.raises(NotTrackable, match="get needs the id of a job, or remote_id= or reference=: it got None"):
+            worker.get(**lookup)
     with pytest.raises(NotTrackable, match="give only one of job_id, reference"):
         worker.get(1, reference="order")
     with pytest.raises(NotTrackable, match="give only one of remote_id, reference"):
@@ -217,8 +222,9 @@ def test_get_output_returns_what_is_known_of_an_output_or_none(database: Engine)
         assert worker.get_output(unknown) is None
         with pytest.raises(OutputMissing, match=f"there is no output {unknown}"):
             worker.open_output(unknown)
-    for call in (worker.get_output, worker.open_output, worker.output_url):
-        with pytest.raises(NotTrackable, match=r"an output id must be a whole number, not '7': write int\('7'\)"):
+    calls = ((worker.get_output, NotTrackable), (worker.open_output, OutputMissing), (worker.output_url, OutputMissing))
+    for call, error in calls:
+        with pytest.raises(error, match=r"an output id must be a whole number, not '7': write int\('7'\)"):
             call("7")  # type: ignore[arg-type]  # what the test is about
 
 

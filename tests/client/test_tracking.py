@@ -495,8 +495,10 @@ def test_missing_tables_raise_schema_outdated(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(SchemaOutdated, match="fetch-worker migrate"):
         worker.get(1)
     engine = create_engine(f"sqlite:///{tmp_path}/app.db")
-    with Session(engine) as session, pytest.raises(SchemaOutdated, match="fetch-worker migrate"):
+    with Session(engine) as session, pytest.raises(SchemaOutdated, match="fetch-worker migrate") as missing:
         worker.track("1", session=session)
+    assert f"{tmp_path}/app.db has no tables" in str(missing.value)
+    assert f"DATABASE_URL names another: sqlite:///{tmp_path}/new.db" in str(missing.value)
     engine.dispose()
 
 
@@ -581,13 +583,16 @@ class Strange:
 @pytest.mark.parametrize(
     ("session", "advice"),
     [
-        (create_engine("sqlite://"), "this is a Engine, write `with Session(engine) as session, session.begin(): "),
-        (sessionmaker(), "this is a sessionmaker, write `with Session(engine) as session, session.begin(): "),
-        (Session, "this is a Session, write `with Session(engine) as session, session.begin(): "),
-        (Database(), "this is a Database, write `track(…, session=db.session)`"),
+        (
+            create_engine("sqlite://"),
+            "this is of type Engine, write `with Session(engine) as session, session.begin(): ",
+        ),
+        (sessionmaker(), "this is of type sessionmaker, write `with Session(engine) as session, session.begin(): "),
+        (Session, "this is the class Session itself, write `with Session(engine) as session, session.begin(): "),
+        (Database(), "this is of type Database, write `track(…, session=db.session)`"),
         (Strange(), "write `track(…, session=session)` with the session of your transaction, or leave it out"),
-        ("session", "this is a str, write `track(…, session=session)`"),
-        (5, "this is a int, write "),
+        ("session", "this is of type str, write `track(…, session=session)`"),
+        (5, "this is of type int, write "),
         (Session(), "session has no engine of its own: write `track(…, session=session.connection(bind_arguments="),
     ],
 )

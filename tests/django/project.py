@@ -1,10 +1,9 @@
 """A Django project for the tests: `python -m tests.django.project SCENARIO`, in a process of its own.
 
-A process can configure Django only once. The database is in the variable PROJECT_DATABASE, as JSON. A scenario prints
-what it saw as one JSON document.
+A process can configure Django only once. The databases are in the variable PROJECT_DATABASES, as JSON. A scenario
+prints what it saw as one JSON document.
 """
 
-import asyncio
 import json
 import os
 import sys
@@ -17,6 +16,7 @@ import pymysql
 pymysql.install_as_MySQLdb()
 
 import django  # noqa: E402  # PyMySQL must be in place before Django looks for a driver
+from asgiref.sync import async_to_sync  # noqa: E402  # the same
 from django.conf import settings  # noqa: E402
 
 settings.configure(
@@ -24,7 +24,8 @@ settings.configure(
     DEBUG=True,
     USE_TZ=os.environ.get("PROJECT_USE_TZ", "1") == "1",
     TIME_ZONE="America/Chicago",
-    DATABASES={"default": json.loads(os.environ["PROJECT_DATABASE"])},
+    DATABASES=json.loads(os.environ["PROJECT_DATABASES"]),
+    FETCH_WORKER_DATABASE=os.environ.get("PROJECT_ALIAS", "default"),
     INSTALLED_APPS=[
         "django.contrib.admin",
         "django.contrib.auth",
@@ -208,7 +209,7 @@ def threads() -> Any:
                 await worker.aio.cancel(job_id)
         return states
 
-    seen = {"aio": asyncio.run(from_a_view()), "wait": worker.wait(job_id).status, "connections": 1}
+    seen = {"aio": async_to_sync(from_a_view)(), "wait": worker.wait(job_id).status, "connections": 1}
     until = time.monotonic() + 10
     while connection.vendor == "postgresql" and time.monotonic() < until:
         with connection.cursor() as cursor:
@@ -218,6 +219,29 @@ def threads() -> Any:
             break
         time.sleep(0.1)
     return seen
+
+
+def second_database() -> Any:
+    """Use a second database for the jobs. Return where they are, and what the models and the admin find."""
+    from django.db import connections
+
+    call_command("migrate", verbosity=0)
+    call_command("migrate", database="jobs", verbosity=0)
+    with transaction.atomic(using="jobs"):
+        job_id = worker.track(READY)
+    pages = admin_pages()
+    return {
+        "tables": {alias: "fetch_jobs" in connections[alias].introspection.table_names() for alias in connections},
+        "found": [Job.objects.count(), Job.objects.get(pk=job_id).outputs.count()],
+        "status": pages["status"],
+    }
+
+
+def system_check() -> Any:
+    """Return what `manage.py check` warns of."""
+    from django.core.checks import run_checks
+
+    return [message.id for message in run_checks() if message.id.startswith("fetch_worker")]
 
 
 def elsewhere() -> Any:

@@ -4,6 +4,8 @@ from django.db import connection, transaction
 from django.test import TestCase, TransactionTestCase
 
 import worker
+from worker import aio
+from worker.django.models import Job
 from worker.testing import kit
 
 
@@ -19,6 +21,15 @@ class Rolled(TestCase):  # type: ignore[misc]  # Django has no annotations
         assert "test" in name or "memory" in name
 
     test_second = test_first  # nothing is left of the first
+
+    async def test_coroutines(self) -> None:
+        """They see what Django's own asynchronous calls see, and are rolled back, too."""
+        assert await aio.find() == []
+        job_id = await aio.track("1")
+        assert await Job.objects.filter(pk=job_id).aexists()
+        assert await aio.get(job_id) is not None
+
+    test_coroutines_again = test_coroutines
 
     def test_wake_up_after_the_commit(self) -> None:
         """A view's callbacks can be captured, as for any Django code."""
@@ -41,8 +52,12 @@ class Committed(TransactionTestCase):  # type: ignore[misc]  # the same
     """Tests with real transactions."""
 
     def test_commit(self) -> None:
-        """The row is there for everybody."""
+        """The row is there for everybody, and gone in the next test."""
+        assert worker.find() == []
         with transaction.atomic():
             job_id = worker.track("committed")
         assert worker.get(job_id) is not None
-        worker.cancel(job_id)
+        assert Job.objects.count() == 1
+
+    test_commit_again = test_commit
+    test_commit_once_more = test_commit

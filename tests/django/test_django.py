@@ -28,7 +28,8 @@ def django_settings(url: URL) -> dict[str, Any]:
 
 def run_project(*arguments: str, database: dict[str, Any], **variables: str) -> str:
     """Run a module in a process of its own, and return what it printed."""
-    environment = {**os.environ, "PROJECT_DATABASE": json.dumps(database), **variables}
+    databases = database if "default" in database else {"default": database}
+    environment = {**os.environ, "PROJECT_DATABASES": json.dumps(databases), **variables}
     environment.pop("DATABASE_URL", None) if "DATABASE_URL" not in variables else None
     process = subprocess.run(
         [sys.executable, *arguments],
@@ -104,12 +105,25 @@ def test_given_another_database_url_then_the_jobs_are_there_and_not_in_djangos_d
 ) -> None:
     seen = run("elsewhere", DATABASE_URL=f"sqlite:///{migrated_sqlite}")
     assert seen == {"joined": False, "database": str(migrated_sqlite)}
+    assert run("system_check", DATABASE_URL=f"sqlite:///{migrated_sqlite}") == ["fetch_worker.W001"]
 
 
 def test_given_djangos_own_database_url_then_it_is_joined(run: Run, empty: Engine) -> None:
     url = empty.url.render_as_string(hide_password=False)
     seen = run("elsewhere", DATABASE_URL=url)
     assert (seen["joined"], seen["database"]) == (True, empty.url.database)
+    assert run("system_check", DATABASE_URL=url) == []
+
+
+@pytest.mark.parametrize("empty", ["postgresql"], indirect=True)
+def test_given_an_alias_then_jobs_models_and_admin_use_that_database(empty: Engine, tmp_path: Path) -> None:
+    default = {"ENGINE": "django.db.backends.sqlite3", "NAME": str(tmp_path / "default.db")}
+    databases = {"default": default, "jobs": django_settings(empty.url)}
+    text = run_project("-m", "tests.django.project", "second_database", database=databases, PROJECT_ALIAS="jobs")
+    seen = json.loads(text.splitlines()[-1])
+    assert seen["tables"] == {"default": False, "jobs": True}
+    assert seen["found"] == [1, 1]
+    assert seen["status"]["list"] == seen["status"]["job"] == 200
 
 
 @pytest.mark.parametrize(
@@ -122,6 +136,6 @@ def test_djangos_test_runner_uses_its_own_database(in_memory: bool, empty: Engin
     database = django_settings(empty.url)
     if empty.dialect.name == "sqlite" and not in_memory:
         database["TEST"] = {"NAME": str(tmp_path / "test-run.db")}
-    assert "5 tests passed" in run_project("-m", "tests.django.runner", database=database)
+    assert "9 tests passed" in run_project("-m", "tests.django.runner", database=database)
     with empty.connect() as connection:
         assert not empty.dialect.has_table(connection, "fetch_jobs")

@@ -92,7 +92,7 @@ def test_the_fastapi_app_takes_a_prompt_to_a_picture(fetch_api: FetchApi, fetch_
 
 
 def test_the_flask_app_takes_a_prompt_to_a_picture(fetch_api: FetchApi, fetch_worker: FetchWorker) -> None:
-    client = run(block_with("Flask(__name__)", WEB_APPS), __name__="shop")["app"].test_client()
+    client = run(block_with("abort, request, send_file", WEB_APPS), __name__="shop")["app"].test_client()
     job_id = client.post("/pictures", json={"prompt": "a lake at dawn"}).get_json()["id"]
 
     fetch_worker.run(job_id)

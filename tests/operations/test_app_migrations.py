@@ -61,7 +61,7 @@ def test_given_the_filter_in_the_apps_code_then_all_is_well(app_history: Engine,
     ok, message = _check(app_history, tmp_path)
 
     assert ok
-    assert "leaves our tables alone" in message
+    assert f"{tmp_path / file} uses the filter" in message
 
 
 def test_given_code_that_is_elsewhere_then_the_check_says_what_to_look_at_and_does_not_fail(

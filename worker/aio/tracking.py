@@ -119,6 +119,6 @@ def _checked(session: object) -> AsyncSession | AsyncConnection:
     if isinstance(session, (AsyncSession, AsyncConnection)):
         return session
     raise NotTrackable(
-        f"session must be an AsyncSession or AsyncConnection, not a {type(session).__name__}: write"
+        f"session must be an AsyncSession or AsyncConnection, not of type {type(session).__name__}: write"
         " `await aio.track(…, session=async_session)`, or call `worker.track(…, session=session)`"
     )

@@ -1,8 +1,8 @@
 """The settings and the database transactions of this package's calls."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from sqlalchemy import URL, Connection
 
@@ -11,6 +11,8 @@ from worker.settings import Settings, load
 from worker.store.engine import engine_for, translate_errors
 from worker.store.jobs import job_row
 from worker.system.locked_cache import locked_cache
+
+T = TypeVar("T")
 
 
 class AppDatabase(Protocol):
@@ -31,6 +33,10 @@ class AppDatabase(Protocol):
 
     def release(self) -> None:
         """Close the connection of this thread. The framework does that only for its own threads."""
+        ...
+
+    def in_thread(self, call: Callable[[], T]) -> Awaitable[T]:
+        """Call a function in the thread in which the framework uses its connection."""
         ...
 
 

@@ -120,6 +120,8 @@ def get(
     """
     names = {"job_id": job_id, "remote_id": remote_id, "reference": reference}
     given = [name for name, value in names.items() if value is not None]
+    if not given:
+        raise NotTrackable("get needs the id of a job, or remote_id= or reference=: it got None")
     if len(given) > 1:
         raise NotTrackable(f"give only one of {', '.join(given)}")
     with transaction(cached_settings()) as connection:
@@ -189,7 +191,10 @@ def output_url(output_id: int, seconds: float = 3_600) -> str:
 
 
 def _location(output_id: int) -> str:
-    row = get_output(output_id)
+    try:
+        row = get_output(output_id)
+    except NotTrackable as wrong:
+        raise OutputMissing(str(wrong)) from None
     if row is None:
         raise OutputMissing(f"there is no output {output_id}: get(job_id).outputs lists the outputs of a job")
     if row.location is None:

@@ -12,6 +12,7 @@ from worker.client.workers import wake
 from worker.errors import NotTrackable
 
 ASYNC_MODULE = "sqlalchemy.ext.asyncio"
+_WITH = "write `with Session(engine) as session, session.begin(): track(…, session=session)`"
 _WAKES = "fetch-worker: this session tracked a job that is due soon"
 
 
@@ -31,7 +32,7 @@ def session_connection(session: TrackingSession | Connection) -> Connection:
         return session
     if _is_async(session):
         raise NotTrackable(
-            f"session is an {type(session).__name__}: write `await worker.aio.track(…, session=session)`"
+            f"session is of type {type(session).__name__}: write `await worker.aio.track(…, session=session)`"
         )
     if isinstance(session, type) or not callable(getattr(session, "connection", None)):
         raise NotTrackable(f"session must be a SQLAlchemy Session or Connection: {_advice(session)}")
@@ -51,14 +52,17 @@ def _is_async(session: object) -> bool:
 
 
 def _advice(session: object) -> str:
-    name = session.__name__ if isinstance(session, type) else type(session).__name__
+    if isinstance(session, type):
+        return f"this is the class {session.__name__} itself, {_WITH}"
+    name = type(session).__name__
     if isinstance(getattr(session, "session", None), (Session, scoped_session)):  # Flask-SQLAlchemy's `db`
-        return f"this is a {name}, write `track(…, session=db.session)`"
+        return f"this is of type {name}, write `track(…, session=db.session)`"
     if type(session).__module__.startswith("django."):
-        return f"this is Django's {name}, add 'worker.django' to INSTALLED_APPS and write `track(…)` without a session"
+        return f"this is Django's {name}, write `track(…)` without a session, with 'worker.django' in INSTALLED_APPS"
     if callable(session) or hasattr(session, "connect"):
-        return f"this is a {name}, write `with Session(engine) as session, session.begin(): track(…, session=session)`"
-    return f"this is a {name}, write `track(…, session=session)` with the session of your transaction, or leave it out"
+        return f"this is of type {name}, {_WITH}"
+    advice = "write `track(…, session=session)` with the session of your transaction, or leave it out"
+    return f"this is of type {name}, {advice}"
 
 
 def wake_after_commit(session: TrackingSession | Connection) -> None:

@@ -15,11 +15,12 @@ from worker.client.job_options import CeleryTask, GivenOptions, JobOptions, chec
 from worker.client.pace_models import pace_model
 from worker.client.sessions import TrackingSession, session_connection, wake_after_commit
 from worker.client.workers import current_workers, wake
+from worker.configuration.server_urls import same_database
 from worker.core.pacing.policy import SPREAD, Pace, PacedJob, PollPlan
-from worker.errors import ApiRefused, NotTrackable
+from worker.errors import ApiRefused, NotTrackable, SchemaOutdated
 from worker.settings import Settings
 from worker.store import jobs as store
-from worker.store.engine import database_now, translate_errors
+from worker.store.engine import database_now, shown_url, translate_errors
 from worker.system.redaction import Scrubber, shared_scrubber
 from worker.vendor.submissions import PlannedJob, planned_job, submit_answer
 
@@ -266,8 +267,17 @@ def insert_planned(session: TrackingSession | Connection, settings: Settings, pl
     """Insert jobs in the transaction of a session, and wake the workers after its commit if one is due soon."""
     connection = session_connection(session)
     current_workers().check_database(connection)
-    with translate_errors(connection.engine.url):
-        tracked, due_soon = _insert(connection, settings, planned)
+    try:
+        with translate_errors(connection.engine.url):
+            tracked, due_soon = _insert(connection, settings, planned)
+    except SchemaOutdated:
+        if same_database(connection.engine.url, settings.database):
+            raise
+        raise SchemaOutdated(
+            f"the session's database {shown_url(connection.engine.url)} has no tables of fetch-worker, or old ones, and"
+            f" DATABASE_URL names another: {shown_url(settings.database)}. Let both name the same database, then run"
+            " `fetch-worker migrate`"
+        ) from None
     if due_soon:
         wake_after_commit(session)
     return tracked

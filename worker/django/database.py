@@ -6,12 +6,14 @@ Django. The borrowed connection also has value conversions of its own, because D
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
+from asgiref.sync import sync_to_async
 from django.conf import settings as django_settings
+from django.core import mail
 from django.db import connections, transaction
 from sqlalchemy import URL, Connection, Engine, create_engine
 from sqlalchemy.exc import DBAPIError
@@ -23,10 +25,18 @@ from worker.errors import SettingsError
 from worker.settings import dotenv_file
 from worker.store.engine import make_engine
 from worker.store.migrate import migrate
+from worker.store.schema import metadata
 from worker.system.locked_cache import locked_cache, locked_property
 
 BACKENDS = {"postgresql": "postgresql", "mysql": "mysql", "sqlite": "sqlite"}  # Django's vendor -> SQLAlchemy's name
+T = TypeVar("T")
+
 DRIVERS = {"MySQLdb": "mysqldb", "pymysql": "pymysql", "psycopg": "psycopg", "sqlite3": "pysqlite"}  # module -> name
+
+
+def database_alias() -> str:
+    """Return the alias of the database with the jobs."""
+    return str(getattr(django_settings, "FETCH_WORKER_DATABASE", "default"))
 
 
 def django_database() -> "DjangoDatabase | None":
@@ -34,7 +44,7 @@ def django_database() -> "DjangoDatabase | None":
 
     `FETCH_WORKER_DATABASE` in Django's settings is its alias; the default is `default`.
     """
-    database = DjangoDatabase(getattr(django_settings, "FETCH_WORKER_DATABASE", "default"))
+    database = DjangoDatabase(database_alias())
     url = read_environment(os.environ, dotenv_file()).get("DATABASE_URL")
     return database if not url or same_database(database_url(url), database.url) else None
 
@@ -44,6 +54,7 @@ class DjangoDatabase:
 
     def __init__(self, alias: str) -> None:
         self.alias = alias
+        self._name = connections[alias].settings_dict["NAME"]
 
     @property
     def url(self) -> URL:
@@ -86,6 +97,23 @@ class DjangoDatabase:
     def release(self) -> None:
         """Close the connection of this thread."""
         connections[self.alias].close()
+
+    def in_thread(self, call: Callable[[], T]) -> Awaitable[T]:
+        """Call a function in the thread that Django chooses for its own database calls."""
+        result: Awaitable[T] = sync_to_async(call, thread_sensitive=True)()
+        return result
+
+    @property
+    def in_test(self) -> bool:
+        """Whether Django's test runner has put a database of its own in place."""
+        renamed = connections[self.alias].settings_dict["NAME"] != self._name
+        return bool(renamed and hasattr(mail, "outbox"))  # Django adds the outbox for the time of a test run
+
+    def empty(self) -> None:
+        """Delete all rows of fetch-worker."""
+        with self.transaction() as connection:
+            for table in reversed(metadata.sorted_tables):
+                connection.execute(table.delete())
 
     def migrate(self) -> tuple[str | None, str | None]:
         """Create or update the tables. Return the versions before and after."""

@@ -1,6 +1,18 @@
 """The tables of jobs and outputs as Django models, to read only. `worker.track` and the workers write them."""
 
+from typing import Any
+
 from django.db import models
+
+from worker.django.database import database_alias
+
+
+class InJobsDatabase(models.Manager):  # type: ignore[misc]  # Django has no annotations
+    """Reads from the database with the jobs, unless a query names another one."""
+
+    def get_queryset(self) -> Any:
+        """Return a query of that database."""
+        return super().get_queryset().using(self._db or database_alias())
 
 
 class Job(models.Model):  # type: ignore[misc]  # Django has no annotations
@@ -20,6 +32,8 @@ class Job(models.Model):  # type: ignore[misc]  # Django has no annotations
     deadline_at = models.DateTimeField()
     error_code = models.CharField(max_length=32, null=True)  # the same
     error_message = models.TextField(null=True)  # the same
+
+    objects = InJobsDatabase()
 
     class Meta:
         """The table of fetch-worker."""
@@ -47,6 +61,8 @@ class Output(models.Model):  # type: ignore[misc]  # Django has no annotations
     attempts = models.IntegerField()
     error_code = models.CharField(max_length=32, null=True)  # the same
     error_message = models.TextField(null=True)  # the same
+
+    objects = InJobsDatabase()
 
     class Meta:
         """The table of fetch-worker."""
