@@ -67,10 +67,6 @@ def test_autogenerate_of_flask_migrate_ignores_our_tables(engine: Engine, tmp_pa
             for table in ('"order"' if engine.dialect.name != "mariadb" else "`order`", "alembic_version"):
                 connection.exec_driver_sql(f"DROP TABLE IF EXISTS {table}")
 
-    first, second = (
-        next((tmp_path / "migrations/versions").glob(f"{name}_*.py")).read_text() for name in ("one", "two")
-    )
-    assert "create_table('order'" in first
-    assert "fetch_" not in first
-    assert second.count("    pass\n") == 2
-    assert "op." not in second.partition("def upgrade")[2]
+    (only,) = (tmp_path / "migrations/versions").glob("*.py")  # Flask-Migrate writes no file without a change
+    assert "create_table('order'" in only.read_text()
+    assert "fetch_" not in only.read_text()

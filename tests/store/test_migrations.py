@@ -13,12 +13,12 @@ from alembic.config import Config
 from alembic.util.exc import CommandError
 from sqlalchemy import CheckConstraint, Engine, UniqueConstraint, insert, inspect, select, text
 
-from tests.rows import job_values
+from tests.rows import add_downloading, add_job, add_output, job_values
 from worker.errors import SchemaOutdated, Unavailable
 from worker.store import migrate as migrate_module
 from worker.store.engine import SCHEMA_VERSION, check_schema, missing_tables, schema_version
 from worker.store.migrate import migrate, scripts
-from worker.store.schema import VERSION_TABLE, jobs, metadata
+from worker.store.schema import VERSION_TABLE, jobs, metadata, outputs
 
 ROOT = Path(__file__).parents[2]
 
@@ -173,6 +173,32 @@ def test_given_dropped_tables_when_migrate_runs_then_they_are_back_and_the_other
         assert missing_tables(connection) == []
         left = connection.execute(select(jobs.c.remote_id)).scalars().all()
     assert left == ([] if "fetch_jobs" in dropped else ["1"])
+
+
+def test_given_a_dropped_table_of_jobs_then_new_jobs_do_not_get_the_outputs_of_old_ones(empty: Engine) -> None:
+    """Their rows are still there. The references between the tables are put back, too."""
+    migrate(empty)
+    with empty.begin() as connection:
+        job_id = add_downloading(connection)
+        add_output(connection, job_id, 0)
+    drop = {
+        "postgresql": ["DROP TABLE fetch_jobs CASCADE"],
+        "sqlite": ["PRAGMA foreign_keys=OFF", "DROP TABLE fetch_jobs"],
+    }.get(empty.dialect.name, ["SET foreign_key_checks=0", "DROP TABLE fetch_jobs"])
+    raw = empty.raw_connection()
+    for statement in drop:
+        raw.cursor().execute(statement)
+    raw.commit()
+    raw.invalidate()
+
+    migrate(empty)
+
+    with empty.begin() as connection:
+        new_id = add_job(connection, "2")
+        with_outputs = set(connection.execute(select(outputs.c.job_id)).scalars())
+    assert with_outputs == {job_id}
+    assert new_id > job_id
+    _run(empty, scripts(), "check")
 
 
 def test_tables_of_a_newer_version_raise_an_error_and_are_not_changed(empty: Engine) -> None:

@@ -1,13 +1,13 @@
 """Run the migrations, from a checkout or from an installed wheel."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
 from alembic.util.exc import CommandError
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, Table, func, inspect, select, text
 from sqlalchemy.exc import DBAPIError
 
 from worker.errors import SchemaOutdated, Unavailable
@@ -27,6 +27,7 @@ from worker.store.schema import VERSION_TABLE, metadata
 _PACKAGE = Path(__file__).parents[1]
 _LOCK = 0x6665746368  # the number of the advisory lock that keeps two migrations apart ("fetch" in ASCII)
 _LOCK_SECONDS = 300
+EXPAND_ATTEMPTS = 3  # of a starting worker; each waits for locks, and continues where the last one ended
 MYSQL_LOCK = "CONCAT('fetch-worker ', MD5(DATABASE()))"  # lock names are shared by all databases of a server
 
 
@@ -67,6 +68,47 @@ def _put_back_tables(connection: Connection, config: Config) -> None:
     elif missing:  # run all migrations again: each of them leaves alone what is there
         connection.execute(text(f"DELETE FROM {VERSION_TABLE}"))  # noqa: S608  # a constant
         command.upgrade(config, "head")
+    for name in missing:
+        _continue_ids(connection, metadata.tables[name])
+        if connection.dialect.name == "postgresql":
+            _put_back_references(connection, name)
+
+
+def _continue_ids(connection: Connection, table: Table) -> None:
+    """Let the ids of a new table begin above those that rows of other tables refer to. No row gets a foreign child."""
+    columns = [
+        key.parent for other in metadata.sorted_tables for key in other.foreign_keys if key.column.table is table
+    ]
+    used = [connection.execute(select(func.max(column))).scalar() or 0 for column in columns]
+    highest = max(used, default=0)
+    if not highest:
+        return
+    match connection.dialect.name:
+        case "postgresql":
+            sequence = func.pg_get_serial_sequence(table.name, "id")
+            connection.execute(select(func.setval(sequence, highest)))
+        case "sqlite":
+            connection.execute(
+                text("INSERT INTO sqlite_sequence (name, seq) VALUES (:name, :seq)"),
+                {"name": table.name, "seq": highest},
+            )
+        case _:
+            connection.execute(text(f"ALTER TABLE {table.name} AUTO_INCREMENT = {highest + 1:d}"))
+
+
+def _put_back_references(connection: Connection, name: str) -> None:
+    """Add the foreign keys that PostgreSQL dropped with a table. Rows whose job or output is gone stay."""
+    for table in metadata.sorted_tables:
+        there = {key["name"] for key in inspect(connection).get_foreign_keys(table.name)}
+        for key in table.foreign_key_constraints:
+            if key.referred_table.name == name and key.name not in there:
+                columns = ", ".join(key.column_keys)
+                connection.execute(
+                    text(
+                        f"ALTER TABLE {table.name} ADD CONSTRAINT {key.name} FOREIGN KEY ({columns})"
+                        f" REFERENCES {name} (id) ON DELETE {key.ondelete or 'NO ACTION'} NOT VALID"
+                    )
+                )
 
 
 def expand(engine: Engine) -> None:
@@ -83,10 +125,11 @@ def expand(engine: Engine) -> None:
             has_tables = schema_version(connection) is not None
         if not has_tables:
             raise
-        try:
-            migrate(engine)
-        except (DBAPIError, Unavailable):  # the permission is missing, or another transaction has locked the tables
-            check_schema(engine)
+        for _ in range(EXPAND_ATTEMPTS):
+            with suppress(DBAPIError, Unavailable):  # the permission is missing, or a transaction has locked a table
+                migrate(engine)
+                return
+        check_schema(engine)
 
 
 @contextmanager
