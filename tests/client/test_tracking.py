@@ -684,7 +684,8 @@ def test_a_wrong_type_is_never_a_type_error(database: Engine, option: str, value
 def test_a_tracked_job_is_an_int_that_survives_copies_and_json(database: Engine) -> None:
     tracked = track("1")
     for copied in (copy.copy(tracked), copy.deepcopy(tracked), pickle.loads(pickle.dumps(tracked))):  # noqa: S301
-        assert (type(copied), copied, copied.created) == (TrackedJob, tracked, True)
+        assert isinstance(copied, TrackedJob)
+        assert (copied, copied.created) == (tracked, True)
     assert json.dumps({"id": tracked}) == f'{{"id": {int(tracked)}}}'
     assert f"{tracked} {tracked!r}" == f"{int(tracked)} {int(tracked)}"
 

@@ -9,10 +9,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_s
 from worker.aio.threads import in_thread
 from worker.client.connection import cached_settings
 from worker.client.job_options import CeleryTask, GivenOptions
-from worker.client.tracking import PlannedJobs, TrackedJob, insert_planned, plan_jobs, track_given
+from worker.client.tracking import PlannedJobs, TrackedJob, commit_planned, insert_planned, plan_jobs
 from worker.errors import NotTrackable
+from worker.settings import Settings
+from worker.system.garbage import no_collections
 
-PART = 250  # jobs that are written without giving the event loop a turn: some milliseconds
+PART = 100  # jobs that are written without giving the event loop a turn: some milliseconds
 
 Session = AsyncSession | AsyncConnection | async_scoped_session[AsyncSession]
 
@@ -89,7 +91,7 @@ async def track_many(
         "deadline": deadline,
     }
     if session is None:
-        return await in_thread(track_given, remotes, given, None)
+        return await in_thread(_track_at_once, remotes, given)
     return await _track_in(_checked(session), remotes, given)
 
 
@@ -98,7 +100,7 @@ async def _track_in(
 ) -> list[TrackedJob]:
     """Plan the jobs in a thread, and write them through the session, part by part."""
     settings = await in_thread(cached_settings)
-    parts = await in_thread(lambda: _parts(plan_jobs(settings, remotes, given)))
+    parts = await in_thread(_planned_parts, settings, remotes, given)
     tracked: dict[int, TrackedJob] = {}
     for positions, part in parts:
         ids = await session.run_sync(insert_planned, settings, part)
@@ -106,11 +108,21 @@ async def _track_in(
     return [tracked[position] for position in range(len(tracked))]
 
 
-def _parts(planned: PlannedJobs) -> list[tuple[list[int], PlannedJobs]]:
-    """Return the jobs in parts, each with the positions of its jobs. All calls write jobs in the same order."""
-    order = planned.in_lock_order
-    starts = range(0, len(order), PART)
-    return [(order[start : start + PART], planned.part(order[start : start + PART])) for start in starts]
+def _planned_parts(
+    settings: Settings, remotes: Iterable[object], given: GivenOptions
+) -> list[tuple[list[int], PlannedJobs]]:
+    """Plan the jobs. Return them in parts, each with the positions of its jobs. All calls write in the same order."""
+    with no_collections():
+        planned = plan_jobs(settings, remotes, given)
+        order = planned.in_lock_order
+        starts = range(0, len(order), PART)
+        return [(order[start : start + PART], planned.part(order[start : start + PART])) for start in starts]
+
+
+def _track_at_once(remotes: Iterable[object], given: GivenOptions) -> list[TrackedJob]:
+    settings = cached_settings()
+    with no_collections():
+        return commit_planned(settings, plan_jobs(settings, remotes, given))
 
 
 def _checked(session: object) -> AsyncSession | AsyncConnection:

@@ -32,17 +32,15 @@ SOON_SECONDS = 1.0  # a poll run that waits checks for due jobs at least this of
 class TrackedJob(int):
     """The id of a tracked job. `created` is False if the job was tracked before, and this call changed nothing."""
 
-    created: bool
+    __slots__ = ()  # without attributes of its own, it costs hardly more than an int: a call can return ten thousand
+    created = False
 
-    def __new__(cls, job_id: int, created: bool) -> "TrackedJob":
-        """Make an id that remembers whether its job is new."""
-        tracked = super().__new__(cls, job_id)
-        tracked.created = created
-        return tracked
 
-    def __getnewargs__(self) -> tuple[int, bool]:  # type: ignore[override]  # two, where int has one
-        """Return what `pickle` and `copy` make it from."""
-        return int(self), self.created
+class CreatedJob(TrackedJob):
+    """The id of a job that this call created."""
+
+    __slots__ = ()
+    created = True
 
 
 def track(
@@ -158,22 +156,9 @@ def track_many(
         "webhook_url": webhook_url,
         "deadline": deadline,
     }
-    return track_given(remotes, given, session)
-
-
-def track_given(
-    remotes: Iterable[object], given: GivenOptions, session: TrackingSession | Connection | None
-) -> list[TrackedJob]:
-    """Track jobs like `track_many`, with the options as a dictionary."""
     settings = cached_settings()
     planned = plan_jobs(settings, remotes, given)
-    if session is not None:
-        return insert_planned(session, settings, planned)
-    with transaction(settings) as connection:
-        tracked, due_soon = _insert(connection, settings, planned)
-    if due_soon:
-        wake(settings)  # after the commit: the rows must be there
-    return tracked
+    return commit_planned(settings, planned) if session is None else insert_planned(session, settings, planned)
 
 
 # ── planning ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -263,6 +248,15 @@ def _scrubbed(scrubber: Scrubber, remote: object) -> object:
 # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def commit_planned(settings: Settings, planned: PlannedJobs) -> list[TrackedJob]:
+    """Insert jobs in a transaction of their own, and wake the workers if one is due soon."""
+    with transaction(settings) as connection:
+        tracked, due_soon = _insert(connection, settings, planned)
+    if due_soon:
+        wake(settings)  # after the commit: the rows must be there
+    return tracked
+
+
 def insert_planned(session: TrackingSession | Connection, settings: Settings, planned: PlannedJobs) -> list[TrackedJob]:
     """Insert jobs in the transaction of a session, and wake the workers after its commit if one is due soon."""
     connection = session_connection(session)
@@ -288,7 +282,8 @@ def _insert(connection: Connection, settings: Settings, planned: PlannedJobs) ->
     now = database_now(connection)
     paced = _Paced(connection, settings.pace, planned.options)
     new = [_new_job(plan, planned.options, paced, now) for plan in planned.plans]
-    tracked = [TrackedJob(job_id, created) for job_id, created in store.insert_jobs(connection, new, now=now)]
+    inserted = store.insert_jobs(connection, new, now=now)
+    tracked = [CreatedJob(job_id) if created else TrackedJob(job_id) for job_id, created in inserted]
     due_soon_at = now + timedelta(seconds=SOON_SECONDS)
     return tracked, any(job.due_at < due_soon_at and not job.outputs for job in new)
 
