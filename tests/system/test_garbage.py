@@ -18,9 +18,16 @@ def enabled() -> Iterator[None]:
 
 
 def test_no_collection_runs_inside_and_they_run_again_afterwards() -> None:
-    with pytest.raises(ValueError, match="an error"), no_collections():
-        assert not gc.isenabled()
-        raise ValueError("an error")
+    enabled_inside = []
+
+    def fail() -> None:
+        with no_collections():
+            enabled_inside.append(gc.isenabled())
+            raise ValueError("an error")
+
+    with pytest.raises(ValueError, match="an error"):
+        fail()
+    assert enabled_inside == [False]
     assert gc.isenabled()
 
 
