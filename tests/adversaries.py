@@ -18,6 +18,7 @@ parser: Any = importlib.import_module("re._parser")
 
 METHODS = frozenset({"match", "fullmatch", "search", "sub", "subn", "split", "findall", "finditer"})
 EXCLUDED = frozenset({"sandbox"})  # the stand-in of the API only gets input from its own user
+UNLOADED = frozenset({"django"})  # can't be imported without Django's settings; its source is searched all the same
 FOLDER = Path(worker.__file__).parent
 ENDINGS = ("", "\0", "a")
 VARIANTS = 12  # samples of one pattern
@@ -169,7 +170,7 @@ def _pumps(nodes: Iterable[Any], prefix: str, with_optional: bool) -> Iterator[t
 
 def _modules() -> Iterator[Any]:
     for info in pkgutil.walk_packages(worker.__path__[:1], "worker."):
-        if info.name.split(".")[1] not in EXCLUDED and not info.name.endswith("__main__"):
+        if info.name.split(".")[1] not in {*EXCLUDED, *UNLOADED} and not info.name.endswith("__main__"):
             try:
                 yield importlib.import_module(info.name)
             except ImportError:  # an extra that is not installed
