@@ -335,7 +335,8 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (None, {}, "not NoneType"),
     (1.5, {}, "not float"),
     (b"12", {}, "not bytes"),
-    (["12"], {}, "not list"),
+    (["12"], {}, "not list: call track_many for several jobs"),
+    (("12", "13"), {}, "call track_many for several jobs"),
     ("{", {}, "not a JSON object"),
     ("{}", {}, "there is no job to track"),
     ({}, {}, "there is no job to track"),
@@ -656,6 +657,16 @@ def test_one_job_instead_of_a_list_is_refused(database: Engine, remotes: Any, me
         worker.track_many(remotes)
     assert message in str(refused.value)
     assert _count(database) == 0
+
+
+def test_a_coroutine_that_was_not_awaited_is_refused_with_advice(database: Engine) -> None:
+    async def submit() -> str:
+        return "1"
+
+    coroutine = submit()
+    with pytest.raises(NotTrackable, match="not coroutine: write `await` before the call that returns it"):
+        track(coroutine)
+    coroutine.close()
 
 
 def test_any_iterable_of_jobs_is_taken(database: Engine) -> None:

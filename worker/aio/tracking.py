@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_s
 
 from worker.aio.threads import in_thread
 from worker.client.connection import cached_settings
-from worker.client.job_options import CeleryTask, GivenOptions
+from worker.client.job_options import CeleryTask, TrackOptions
 from worker.client.tracking import PlannedJobs, TrackedJob, commit_planned, insert_planned, plan_jobs
 from worker.errors import NotTrackable
 from worker.settings import Settings
@@ -77,7 +77,7 @@ async def track_many(
     deadline: float | timedelta | None = None,
 ) -> list[TrackedJob]:
     """Track jobs in one transaction and return their ids in order, like `worker.track_many`."""
-    given: GivenOptions = {
+    options: TrackOptions = {
         "account": account,
         "kind": kind,
         "endpoint": endpoint,
@@ -91,16 +91,16 @@ async def track_many(
         "deadline": deadline,
     }
     if session is None:
-        return await in_thread(_track_at_once, remotes, given)
-    return await _track_in(_checked(session), remotes, given)
+        return await in_thread(_track_at_once, remotes, options)
+    return await _track_in(_checked(session), remotes, options)
 
 
 async def _track_in(
-    session: AsyncSession | AsyncConnection, remotes: Iterable[object], given: GivenOptions
+    session: AsyncSession | AsyncConnection, remotes: Iterable[object], options: TrackOptions
 ) -> list[TrackedJob]:
     """Plan the jobs in a thread, and write them through the session, part by part."""
     settings = await in_thread(cached_settings)
-    parts = await in_thread(_planned_parts, settings, remotes, given)
+    parts = await in_thread(_planned_parts, settings, remotes, options)
     tracked: dict[int, TrackedJob] = {}
     for positions, part in parts:
         ids = await session.run_sync(insert_planned, settings, part)
@@ -109,20 +109,20 @@ async def _track_in(
 
 
 def _planned_parts(
-    settings: Settings, remotes: Iterable[object], given: GivenOptions
+    settings: Settings, remotes: Iterable[object], options: TrackOptions
 ) -> list[tuple[list[int], PlannedJobs]]:
     """Plan the jobs. Return them in parts, each with the positions of its jobs. All calls write in the same order."""
     with no_collections():
-        planned = plan_jobs(settings, remotes, given)
+        planned = plan_jobs(settings, remotes, options)
         order = planned.in_lock_order
         starts = range(0, len(order), PART)
         return [(order[start : start + PART], planned.part(order[start : start + PART])) for start in starts]
 
 
-def _track_at_once(remotes: Iterable[object], given: GivenOptions) -> list[TrackedJob]:
+def _track_at_once(remotes: Iterable[object], options: TrackOptions) -> list[TrackedJob]:
     settings = cached_settings()
     with no_collections():
-        return commit_planned(settings, plan_jobs(settings, remotes, given))
+        return commit_planned(settings, plan_jobs(settings, remotes, options))
 
 
 def _checked(session: object) -> AsyncSession | AsyncConnection:

@@ -36,16 +36,16 @@ async def _changes(job_ids: list[int], timeout: float | None) -> AsyncIterator[J
     inbox: asyncio.Queue[Changes] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
-    def deliver(found: Changes) -> None:
+    def deliver(changed: Changes) -> None:
         with suppress(RuntimeError):  # the loop was closed meanwhile
-            loop.call_soon_threadsafe(inbox.put_nowait, found)
+            loop.call_soon_threadsafe(inbox.put_nowait, changed)
 
     with watcher.watching(watched.open, deliver):
         while watched.open:
-            found: Changes | None = None
+            changed: Changes | None = None
             with suppress(TimeoutError):
-                found = await asyncio.wait_for(inbox.get(), watched.seconds_left())
-            for job in watched.take(found):
+                changed = await asyncio.wait_for(inbox.get(), watched.seconds_left())
+            for job in watched.take(changed):
                 yield job
 
 

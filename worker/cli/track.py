@@ -39,10 +39,10 @@ def track(remotes: tuple[str, ...], as_json: bool, **options: Any) -> int:
     rows: list[dict[str, Any]] = []
     refused = 0
     scrubber = shared_scrubber(load().secret_texts)
-    given: list[str] = []
+    texts: list[str] = []
     for argument in remotes:
-        given += _from_stdin() if argument == "-" else [argument]
-    for remote in given:
+        texts += _from_stdin() if argument == "-" else [argument]
+    for remote in texts:
         try:
             tracked = tracking.track(remote, **options)
         except (NotTrackable, DatabaseRefused) as error:

@@ -26,7 +26,7 @@ class CeleryTask(Protocol):
     app: Any
 
 
-class GivenOptions(TypedDict):
+class TrackOptions(TypedDict):
     """The options as they were passed."""
 
     account: str
@@ -59,10 +59,10 @@ class JobOptions:
     deadline: float | None
 
 
-def checked_options(settings: Settings, scrubber: Scrubber, given: GivenOptions) -> JobOptions:
+def checked_options(settings: Settings, scrubber: Scrubber, options: TrackOptions) -> JobOptions:
     """Check the options, and remove API keys from them. Raises NotTrackable; the message may quote an option."""
     texts: dict[str, Any] = {
-        name: scrubber.links(value) if isinstance(value, str) else value for name, value in given.items()
+        name: scrubber.links(value) if isinstance(value, str) else value for name, value in options.items()
     }
     webhook_url, reference, on_done = texts["webhook_url"], texts["reference"], texts["on_done"]
     return JobOptions(

@@ -119,11 +119,11 @@ def get(
     and Unavailable.
     """
     names = {"job_id": job_id, "remote_id": remote_id, "reference": reference}
-    given = [name for name, value in names.items() if value is not None]
-    if not given:
+    lookups = [name for name, value in names.items() if value is not None]
+    if not lookups:
         raise NotTrackable("get needs the id of a job, or remote_id= or reference=: it got None")
-    if len(given) > 1:
-        raise NotTrackable(f"give only one of {', '.join(given)}")
+    if len(lookups) > 1:
+        raise NotTrackable(f"give only one of {', '.join(lookups)}")
     with transaction(cached_settings()) as connection:
         if job_id is not None:
             row = store.job_row(connection, checked_job_id(job_id))

@@ -11,7 +11,7 @@ from zlib import crc32
 from sqlalchemy import Connection
 
 from worker.client.connection import cached_settings, transaction
-from worker.client.job_options import CeleryTask, GivenOptions, JobOptions, checked_kind, checked_options
+from worker.client.job_options import CeleryTask, JobOptions, TrackOptions, checked_kind, checked_options
 from worker.client.pace_models import pace_model
 from worker.client.sessions import TrackingSession, session_connection, wake_after_commit
 from worker.client.workers import current_workers, wake
@@ -143,7 +143,7 @@ def track_many(
     `remotes` is a list, or any other iterable, of what `track` takes. The keywords, which hold for all of the jobs, and
     the errors are those of `track`.
     """
-    given: GivenOptions = {
+    options: TrackOptions = {
         "account": account,
         "kind": kind,
         "endpoint": endpoint,
@@ -157,7 +157,7 @@ def track_many(
         "deadline": deadline,
     }
     settings = cached_settings()
-    planned = plan_jobs(settings, remotes, given)
+    planned = plan_jobs(settings, remotes, options)
     return commit_planned(settings, planned) if session is None else insert_planned(session, settings, planned)
 
 
@@ -190,12 +190,12 @@ class PlannedJobs:
         return PlannedJobs(self.options, [self.plans[position] for position in positions])
 
 
-def plan_jobs(settings: Settings, remotes: Iterable[object], given: GivenOptions) -> PlannedJobs:
+def plan_jobs(settings: Settings, remotes: Iterable[object], options: TrackOptions) -> PlannedJobs:
     """Check what an app passed, without a database. Raises NotTrackable and ApiRefused."""
     scrubber = shared_scrubber(settings.secret_texts)
     try:
-        options = checked_options(settings, scrubber, given)
-        plans = [_plan(settings, scrubber, options, _scrubbed(scrubber, remote)) for remote in _listed(remotes)]
+        checked = checked_options(settings, scrubber, options)
+        plans = [_plan(settings, scrubber, checked, _scrubbed(scrubber, remote)) for remote in _listed(remotes)]
     except ApiRefused as refused:
         # the messages quote the arguments, and callers log the errors they catch
         raise ApiRefused(
@@ -203,7 +203,7 @@ def plan_jobs(settings: Settings, remotes: Iterable[object], given: GivenOptions
         ) from None
     except NotTrackable as refused:
         raise type(refused)(scrubber.text(str(refused))) from None
-    return PlannedJobs(options, plans)
+    return PlannedJobs(checked, plans)
 
 
 def _listed(remotes: object) -> list[object]:

@@ -19,7 +19,7 @@ from worker.errors import WaitTimeout
 
 LOOK_SECONDS = 0.5  # between two looks at the database
 
-Changes = Sequence[Job] | Exception  # what a look found for one caller
+Changes = Sequence[Job] | Exception  # what a look shows to one caller
 Deliver = Callable[[Changes], object]
 
 
@@ -59,17 +59,17 @@ class Watched:
         self._timeout = timeout
         self._until = None if timeout is None else current_workers().clock() + timeout
 
-    def take(self, found: Changes | None) -> Sequence[Job]:
-        """Return the changed jobs that a look found. Raises the error of the look, and WaitTimeout for None."""
-        if found is None:
+    def take(self, changed: Changes | None) -> Sequence[Job]:
+        """Return the changed jobs of a look. Raises the error of the look, and WaitTimeout for None."""
+        if changed is None:
             raise WaitTimeout(self._timeout_message())
-        if isinstance(found, Exception):
-            raise found
-        for job in found:
+        if isinstance(changed, Exception):
+            raise changed
+        for job in changed:
             self.open[job.id] = job.status
             if job.final:
                 del self.open[job.id]
-        return found
+        return changed
 
     def seconds_left(self) -> float | None:
         """Return the time that is left, or None without a limit. There is time for a first look in any case."""
@@ -88,18 +88,18 @@ def _changes(watched: Watched) -> Iterator[Job]:
     with watcher.watching(watched.open, inbox.put):
         while watched.open:
             try:
-                found = inbox.get(timeout=watched.seconds_left())
+                changed = inbox.get(timeout=watched.seconds_left())
             except Empty:
-                found = None
-            yield from watched.take(found)
+                changed = None
+            yield from watched.take(changed)
 
 
 def _changes_in_steps(watched: Watched, workers: Workers) -> Iterator[Job]:
-    seen: dict[int, Job] = {}
+    earlier: dict[int, Job] = {}
     while watched.open:
         jobs = read_jobs(watched.open)
-        yield from watched.take(_changed(watched.open, jobs, seen))
-        seen = jobs
+        yield from watched.take(_changed(watched.open, jobs, earlier))
+        earlier = jobs
         if watched.open:
             seconds = watched.seconds_left()
             if seconds == 0.0:
@@ -107,34 +107,34 @@ def _changes_in_steps(watched: Watched, workers: Workers) -> Iterator[Job]:
             workers.pause(jobs[next(iter(watched.open))], seconds)
 
 
-def _changed(job_ids: Iterable[int], jobs: dict[int, Job], seen: dict[int, Job]) -> Changes:
-    """Return the jobs that differ from what was seen before, or the error that one of them does not exist."""
+def _changed(job_ids: Iterable[int], jobs: dict[int, Job], earlier: dict[int, Job]) -> Changes:
+    """Return the jobs that differ from earlier ones, or the error that one of them does not exist."""
     missing = next((job_id for job_id in job_ids if job_id not in jobs), None)
     if missing is not None:
         return no_job(missing)
-    return [jobs[job_id] for job_id in job_ids if jobs[job_id] != seen.get(job_id)]
+    return [jobs[job_id] for job_id in job_ids if jobs[job_id] != earlier.get(job_id)]
 
 
 # ── the shared looks ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class _Caller:
-    """One caller of `changes`, and what it has seen."""
+    """One caller of `changes`, and the jobs as it knows them."""
 
     def __init__(self, job_ids: Iterable[int], deliver: Deliver) -> None:
         self.job_ids = list(job_ids)
         self._deliver = deliver
-        self._seen: dict[int, Job] = {}
+        self._known_jobs: dict[int, Job] = {}
 
     def show(self, jobs: dict[int, Job]) -> None:
         """Deliver the jobs that have changed."""
-        found = _changed(self.job_ids, jobs, self._seen)
-        if isinstance(found, Exception):
-            self.end(found)
-        elif found:
-            self._seen.update({job.id: job for job in found})
+        changed = _changed(self.job_ids, jobs, self._known_jobs)
+        if isinstance(changed, Exception):
+            self.end(changed)
+        elif changed:
+            self._known_jobs.update({job.id: job for job in changed})
             self.job_ids = [job_id for job_id in self.job_ids if not jobs[job_id].final]
-            self._deliver(found)
+            self._deliver(changed)
 
     def end(self, error: Exception) -> None:
         """Deliver an error. The caller gets nothing more."""
