@@ -46,11 +46,11 @@ def track(self: Any, remote: Any, **options: Any) -> int:
         raise NotTrackable(process_resources().scrubber.text(f"worker.track was called wrongly: {error}")) from None
     except WorkerError as error:
         raise type(error)(process_resources().scrubber.text(str(error))) from None
-    address = {name: options.get(name) for name in ("fetch_url", "endpoint")}
-    planned = planned_job(remote, settings.api, **address, status_words=settings.status_words)
-    if tracked.created and planned.submission.outputs:
-        # The job is ready at once: only a sweep finds its outputs.
-        log_broker_errors("sweep", lambda: sweep.apply_async(expires=HINT_EXPIRES_SECONDS))
+    if tracked.created:
+        address = {name: options.get(name) for name in ("fetch_url", "endpoint")}
+        planned = planned_job(remote, settings.api, **address, status_words=settings.status_words)
+        if planned.submission.outputs:  # the job is ready at once: only a sweep finds its outputs
+            log_broker_errors("sweep", lambda: sweep.apply_async(expires=HINT_EXPIRES_SECONDS))
     return int(tracked)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from worker.system.garbage import no_collections
+
 
 @dataclass(frozen=True, slots=True)
 class LazyCommand:
@@ -35,12 +37,11 @@ def _no_garbage() -> Iterator[None]:
 
     That is a tenth of the processor time of a short command.
     """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
+    with no_collections():
+        try:
+            yield
+        finally:
+            gc.freeze()
 
 
 class _CommandTable(MutableMapping[str, click.Command]):

@@ -44,8 +44,7 @@ def kit(folder: Path, *, database: object = None, tables: Path | None = None) ->
     `database` is the app's database with the tables of fetch-worker: a URL, an engine (required for an in-memory
     database), or a connection with a transaction that the test rolls back. Without it, the kit uses the connection of
     Django if `worker.django` is installed, and else a new SQLite file, copied from `tables` (see `migrated_file`) if
-    given. Environment variables point to these parts inside the `with`
-    block. Raises KitError.
+    given. Environment variables point to these parts inside the `with` block. Raises KitError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     clock = Clock()
