@@ -15,7 +15,7 @@ from worker.operations.health import AREAS, NO_TROUBLE
 from worker.operations.troubles import CODES, Trouble, count_by_code, count_jobs_by_code, read_evidence, read_troubles
 from worker.settings import load
 from worker.store.engine import database_now
-from worker.store.schema import HELD_UNTIL, breakers, jobs
+from worker.store.schema import HELD_UNTIL, breakers, jobs, processes
 
 
 @pytest.fixture
@@ -256,6 +256,32 @@ def test_the_keys_of_the_asking_process_play_no_part(database: Engine, monkeypat
 
     assert [trouble.code for trouble in without_key] == ["no_key"]
     assert [(trouble.code, trouble.jobs) for trouble in troubles_of(database)] == [("no_key", 1)]
+
+
+@pytest.mark.parametrize("recorded", ["", "null", "[]"])
+def test_given_a_process_of_another_release_that_records_no_accounts_then_no_key_is_missing(
+    database: Engine, recorded: str
+) -> None:
+    with database.begin() as connection:
+        keyless(connection)
+        add_process(connection, holder="0badc0de.2.2")
+        connection.execute(update(processes).where(processes.c.holder == "0badc0de.2.2").values(accounts=recorded))
+
+    assert "no_key" not in {trouble.code for trouble in troubles_of(database)}
+
+
+def test_given_a_process_that_records_nothing_but_polls_an_account_then_no_key_is_missing(database: Engine) -> None:
+    with database.begin() as connection:
+        keyless(connection)
+        planted.add_breaker(connection, "account", "shop", proven=True, asked_at=database_now(connection))
+
+    assert "no_key" not in {trouble.code for trouble in troubles_of(database)}
+
+    with database.begin() as connection:
+        long_ago = database_now(connection) - seconds(60)
+        connection.execute(update(breakers).where(breakers.c.name == "shop").values(asked_at=long_ago))
+
+    assert "no_key" in {trouble.code for trouble in troubles_of(database)}
 
 
 def test_every_code_has_its_area_in_doctor() -> None:

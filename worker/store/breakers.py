@@ -29,6 +29,9 @@ _COLUMNS = (  # in the order of the fields of CircuitBreaker
 
 
 _ALL = select(*_COLUMNS)
+_LAST_ASKED = select(breakers.c.name, breakers.c.asked_at).where(
+    breakers.c.scope == "account", breakers.c.asked_at.is_not(None)
+)
 _ONE = _ALL.where(breakers.c.scope == bindparam("scope"), breakers.c.name == bindparam("name")).with_for_update()
 
 
@@ -64,16 +67,9 @@ def mark_asked(connection: Connection, accounts: Iterable[str], *, now: datetime
     )
 
 
-def last_asked(connection: Connection) -> datetime | None:
-    """Return when a job of any account was last polled, or None."""
-    query = (
-        select(breakers.c.asked_at)
-        .where(breakers.c.asked_at.is_not(None))
-        .order_by(breakers.c.asked_at.desc())
-        .limit(1)
-    )
-    asked_at: datetime | None = connection.execute(query).scalar()
-    return asked_at
+def last_asked(connection: Connection) -> dict[str, datetime]:
+    """Return when a job of each account was last polled, without the accounts that were never polled."""
+    return {row.name: row.asked_at for row in connection.execute(_LAST_ASKED)}
 
 
 def _breaker(row: Any) -> CircuitBreaker:

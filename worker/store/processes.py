@@ -21,12 +21,15 @@ FORGET_AFTER = timedelta(days=1)  # after which the row of a dead process is rem
 
 @dataclass(frozen=True, slots=True)
 class WorkerProcess:
-    """One worker process. `accounts` maps each account that it has a key for to its requests per second."""
+    """One worker process. `accounts` maps each account that it has a key for to its requests per second.
+
+    `accounts` is None for a process of another release whose record does not say which keys it has.
+    """
 
     holder: str
     name: str
     queues: frozenset[str]
-    accounts: Mapping[str, float]
+    accounts: Mapping[str, float] | None
     version: str
     redis_answers: bool
     started_at: datetime
@@ -67,7 +70,7 @@ def read_processes(connection: Connection) -> list[WorkerProcess]:
             holder=row.holder,
             name=row.name,
             queues=frozenset(json.loads(row.queues)),
-            accounts=json.loads(row.accounts),
+            accounts=_accounts(row.accounts),
             version=row.version,
             redis_answers=row.redis_answers,
             started_at=row.started_at,
@@ -75,3 +78,12 @@ def read_processes(connection: Connection) -> list[WorkerProcess]:
         )
         for row in connection.execute(query)
     ]
+
+
+def _accounts(recorded: str) -> Mapping[str, float] | None:
+    """Return the recorded accounts, or None if the record does not say anything about them."""
+    try:
+        accounts = json.loads(recorded)
+    except ValueError:
+        return None
+    return accounts if isinstance(accounts, dict) else None

@@ -49,7 +49,7 @@ def _accounts(connection: Connection) -> set[str]:
     """Return the accounts with a circuit breaker, a counter, waiting jobs or a worker process that has their key."""
     with_breaker = {name for scope, name in all_breakers(connection) if scope == "account"}
     counted = select(counters.c.account).where(counters.c.account != "").distinct()
-    served = {name for process in read_processes(connection) for name in process.accounts}
+    served = {name for process in read_processes(connection) for name in process.accounts or ()}
     return {*with_breaker, *connection.execute(counted).scalars(), *waiting_accounts(connection), *served}
 
 

@@ -61,7 +61,7 @@ class WorkState:
     groups: Sequence[DueGroup]
     processes: Sequence[WorkerProcess]
     dead_holders: Collection[str]
-    last_request_at: datetime | None
+    last_requests: Mapping[str, datetime]  # by account
     accounts: Sequence[AccountState]
 
     @cached_property
@@ -103,10 +103,21 @@ class WorkState:
         return max(((self.now - group.due_at).total_seconds() for group in self.due), default=0.0)
 
     @property
+    def last_request_at(self) -> datetime | None:
+        """When any job was last polled, or `None`."""
+        return max(self.last_requests.values(), default=None)
+
+    @property
     def workers_poll(self) -> bool:
         """Whether any worker made a request lately."""
-        last_request_at = self.last_request_at
-        return last_request_at is not None and self.now - last_request_at <= timedelta(seconds=HEALTHY_SECONDS)
+        return self._is_recent(self.last_request_at)
+
+    def polled_lately(self, account: str) -> bool:
+        """Return whether any worker made a request for this account lately."""
+        return self._is_recent(self.last_requests.get(account))
+
+    def _is_recent(self, moment: datetime | None) -> bool:
+        return moment is not None and self.now - moment <= timedelta(seconds=HEALTHY_SECONDS)
 
     @property
     def healthy(self) -> bool:
@@ -150,14 +161,13 @@ def read_work_state(
     groups = due_groups(connection, names)
     processes = read_processes(connection)
     dead = dead_holders(process.holder for process in processes)
-    last_request_at = last_asked(connection)
-    state = WorkState(now, breakers, groups, processes, dead, last_request_at, ())
+    state = WorkState(now, breakers, groups, processes, dead, last_asked(connection), ())
     return replace(state, accounts=account_states(state, full_rps))
 
 
 def account_states(state: WorkState, full_rps: Callable[[str], float]) -> list[AccountState]:
     """Return the state of each account that has a circuit breaker, waiting jobs, or a worker with its key, by name."""
-    recorded = {name: rps for process in state.pollers for name, rps in process.accounts.items()}
+    recorded = {name: rps for process in state.pollers for name, rps in (process.accounts or {}).items()}
     with_breaker = (name for scope, name in state.breakers if scope == "account")
     names = sorted({*(group.account for group in state.groups), *recorded, *with_breaker})
     return [_account(name, state, recorded.get(name), full_rps(name)) for name in names]
@@ -170,7 +180,7 @@ def _account(name: str, state: WorkState, recorded_rps: float | None, default_rp
     if breaker.held(state.now):
         reason, since = breaker.why, breaker.held_since
         reason_class = hold_class(breaker.why or "")
-    elif state.pollers and recorded_rps is None:
+    elif recorded_rps is None and _has_no_key(name, state):
         since = min((group.due_at for group in state.groups if group.account == name), default=None)
         if since is not None and since < HELD_UNTIL:
             reason, reason_class = no_key(name), NO_KEY
@@ -184,6 +194,16 @@ def _account(name: str, state: WorkState, recorded_rps: float | None, default_rp
         configured=configured,
         ceiling=breaker.ceiling,
     )
+
+
+def _has_no_key(account: str, state: WorkState) -> bool:
+    """Return whether no running worker has the key of an account that no record names.
+
+    During a rolling deployment, processes of another release may run. Their records may not say which keys they have,
+    or there are none. Then requests show that one of them has the key.
+    """
+    says_accounts = [process.accounts is not None for process in state.pollers]
+    return bool(says_accounts) and all(says_accounts) and not state.polled_lately(account)
 
 
 def no_key(account: str) -> str:
