@@ -75,9 +75,10 @@ class ViewReader:
         view = self.recent()
         if view is None or self.stale:
             with self._engine.connect() as connection:
-                breakers = all_breakers(connection)
                 self._keys_before |= self._keys
                 groups = due_groups(connection, self._keys)
+                # If no job waits, nothing is claimed, so an idle worker does not read the breakers again.
+                breakers = all_breakers(connection) if groups else self.breakers
                 view = self._view = DueView(time.monotonic(), database_now(connection), breakers, groups)
         return view
 

@@ -40,6 +40,7 @@ from worker.system.watchdog import Loop, Watchdog, watched_seconds
 log = get_logger(__name__)
 
 LOOK_SECONDS = 0.1
+KEYS_SECONDS = 0.25  # between two looks for changed keys
 WATCH_SECONDS = 0.02
 SILENCE_SECONDS = 0.03
 SWEEP_LOOK_SECONDS = 2.0
@@ -127,7 +128,7 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
         loop = Loop()
         watchdog.watch("the sweep loop", loop)
         looked_at = 0.0
-        while not self._stop.wait(LOOK_SECONDS):
+        while not self._stop.wait(KEYS_SECONDS):
             loop.beat()
             if time.monotonic() - looked_at > SWEEP_LOOK_SECONDS:
                 looked_at = time.monotonic()

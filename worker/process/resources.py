@@ -226,6 +226,7 @@ class ProcessResources:
 
     swept_at = 0.0
     sample_at = 0.0
+    housekeeping_at = 0.0
     _released_dead_claims = False
     ticks = False  # whether a ticker in this process continues after a run (a prefork child has none)
 

@@ -27,9 +27,9 @@ from worker.process.dead_claims import log_released, release_dead_claims
 from worker.process.publishing import queue_downloads
 from worker.process.resources import ProcessResources, process_resources
 from worker.store.breakers import locked_breaker, save_breaker
-from worker.store.claims import claim_holders, has_outputs_to_queue, queue_due_outputs
+from worker.store.claims import claim_holders, queue_due_outputs
 from worker.store.engine import database_now, describe_error
-from worker.store.on_done import has_due_calls
+from worker.store.lost_messages import find_lost_messages
 from worker.store.reports.history import record_history
 from worker.system.process_identity import dead_holders
 
@@ -40,6 +40,7 @@ DATABASE_AWAY_SECONDS = 1.0
 DATABASE_ERRORS = (SQLAlchemyError, Unavailable)
 PRUNE_SECONDS = 300.0  # the next run continues: a prune must not occupy a place of the pool for long
 SAMPLE_AGAIN = timedelta(seconds=10)
+HOUSEKEEPING_SECONDS = 10.0  # invalid rows are rare, and late looks come an hour after a deadline
 TAKEN_WITHIN = timedelta(seconds=5)  # a message that left its queue is claimed within this time, or was lost
 
 _pruning = threading.Lock()
@@ -133,22 +134,25 @@ def sweep_needed() -> bool:
     try:
         with process_resources().engine.connect() as connection:
             now = database_now(connection)
-            if dead_holders(claim_holders(connection)) or has_due_calls(connection, now=now):
+            if dead_holders(claim_holders(connection)):
                 return True
-            if not has_outputs_to_queue(connection, now=now, queued_before=now - TAKEN_WITHIN):
-                return False
-            return has_outputs_to_queue(connection, now=now, queued_before=now - _lost_after())
+            lost = find_lost_messages(connection, now=now, queued_before=now - TAKEN_WITHIN)
+            if lost.calls or not lost.outputs:
+                return lost.calls
+            return find_lost_messages(connection, now=now, queued_before=now - _lost_after()).outputs
     except DATABASE_ERRORS as error:
         log.error("the sweep waits for the database reason=%s", describe_error(error, settings.database))
         return False
 
 
 def run_housekeeping() -> None:
-    """Repair invalid rows, write the history row of this minute, and start the due late looks."""
+    """Write the history row of this minute. From time to time, repair invalid rows and start the due late looks."""
     resources = process_resources()
-    _repair(resources)
     _sample(resources)
-    _start_late_looks(resources)
+    if time.monotonic() >= resources.housekeeping_at:
+        resources.housekeeping_at = time.monotonic() + HOUSEKEEPING_SECONDS
+        _repair(resources)
+        _start_late_looks(resources)
 
 
 def _repair(resources: ProcessResources) -> None:

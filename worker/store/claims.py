@@ -30,7 +30,7 @@ from worker.core.lifecycle import JobFacts, OutputFacts, Strikes
 from worker.core.pacing.policy import MIN_SECONDS, WINDOW
 from worker.store.due_groups import DueGroup
 from worker.store.schema import MYSQL_FAMILY, bodies, events, jobs, outputs, promises
-from worker.store.sql_functions import seconds_between
+from worker.store.sql_functions import Moment, seconds_between
 from worker.store.transitions import NO_CLAIM
 
 Claim = tuple[int, str]  # the id of a row and the token of its claim
@@ -425,24 +425,18 @@ def record_progress(connection: Connection, holder: str, received: Mapping[Claim
     return len(connection.execute(progress_update.where(outputs.c.id == picked.c.id).returning(outputs.c.id)).all())
 
 
+_HOLDERS = union(
+    *(select(table.c.claim_holder).where(table.c.claim_holder.is_not(None)) for table in (jobs, outputs, events))
+)
+
+
 def claim_holders(connection: Connection) -> set[str]:
     """Return the identities of all processes that hold claims."""
-    return {
-        holder
-        for table in (jobs, outputs, events)
-        for holder in connection.execute(
-            select(table.c.claim_holder).where(table.c.claim_holder.is_not(None)).distinct()
-        ).scalars()
-    }
+    return set(connection.execute(_HOLDERS).scalars())
 
 
-def has_outputs_to_queue(connection: Connection, *, now: datetime, queued_before: datetime) -> bool:
-    """Return whether `queue_due_outputs` would find an output."""
-    query = select(outputs.c.id).where(*_to_queue(now, queued_before)).limit(1)
-    return connection.execute(query).scalar() is not None
-
-
-def _to_queue(now: datetime, queued_before: datetime) -> tuple[ColumnElement[bool], ...]:
+def outputs_to_queue(now: Moment, queued_before: Moment) -> tuple[ColumnElement[bool], ...]:
+    """Return the conditions of the outputs that `queue_due_outputs` finds."""
     lost = or_(outputs.c.queued_at.is_(None), outputs.c.queued_at < queued_before)
     return outputs.c.due_at.is_not(None), outputs.c.due_at <= now, lost
 
@@ -455,7 +449,7 @@ def queue_due_outputs(connection: Connection, *, now: datetime, queued_before: d
     """
     due = (
         select(outputs.c.id)
-        .where(*_to_queue(now, queued_before))
+        .where(*outputs_to_queue(now, queued_before))
         .order_by(outputs.c.listed_at)
         .limit(limit)
         .with_for_update(skip_locked=True)

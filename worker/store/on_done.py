@@ -9,6 +9,7 @@ from sqlalchemy import ColumnElement, Connection, and_, case, func, or_, select,
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.webhook import retry_delay
 from worker.store.schema import jobs
+from worker.store.sql_functions import Moment
 
 BATCH = 200
 RECENT = 1_000  # jobs
@@ -40,7 +41,7 @@ def claim_calls(connection: Connection, *, now: datetime, job_ids: Sequence[int]
     """Claim the calls that are due, in the order in which the jobs ended. With `job_ids`, only claim their calls."""
     query = (
         select(jobs.c.id, jobs.c.on_done, jobs.c.on_done_attempts)
-        .where(*_due(now))
+        .where(*due_calls(now, now - GIVE_UP))
         .order_by(jobs.c.completed_at)
         .limit(BATCH)
         .with_for_update(skip_locked=True)
@@ -50,12 +51,6 @@ def claim_calls(connection: Connection, *, now: datetime, job_ids: Sequence[int]
         claimed = jobs.c.id.in_([row.id for row in rows])
         connection.execute(update(jobs).where(claimed).values(on_done_due_at=now + CLAIM))
     return [OnDoneCall(row.id, row.on_done, row.on_done_attempts + 1) for row in rows]
-
-
-def has_due_calls(connection: Connection, *, now: datetime) -> bool:
-    """Return whether `claim_calls` would find a call."""
-    query = select(jobs.c.id).where(*_due(now)).limit(1)
-    return connection.execute(query).scalar() is not None
 
 
 def record_sent(connection: Connection, job_ids: Collection[int], *, now: datetime) -> None:
@@ -84,7 +79,7 @@ def release_calls(connection: Connection, job_ids: Collection[int]) -> None:
 def refused_calls(connection: Connection, *, now: datetime) -> RefusedCalls:
     """Return the calls that a broker has refused and not accepted since."""
     is_refused = and_(_unsent(), jobs.c.on_done_error.is_not(None))
-    count = select(func.count(case((_still_tried(now), 1))), func.count()).where(is_refused)
+    count = select(func.count(case((_still_tried(now - GIVE_UP), 1))), func.count()).where(is_refused)
     waiting, total = connection.execute(count).one()
     newest = select(jobs.c.id, jobs.c.on_done, jobs.c.on_done_error).order_by(jobs.c.completed_at.desc()).limit(1)
     row = connection.execute(newest.where(is_refused)).first()
@@ -110,9 +105,11 @@ def _unsent() -> ColumnElement[bool]:
     return and_(jobs.c.completed_at.is_not(None), jobs.c.on_done.is_not(None), jobs.c.told_at.is_(None))
 
 
-def _due(now: datetime) -> tuple[ColumnElement[bool], ...]:
-    return _unsent(), _still_tried(now), or_(jobs.c.on_done_due_at.is_(None), jobs.c.on_done_due_at <= now)
+def due_calls(now: Moment, given_up_before: Moment) -> tuple[ColumnElement[bool], ...]:
+    """Return the conditions of the jobs whose call `claim_calls` finds: refused calls are given up after a while."""
+    is_due = or_(jobs.c.on_done_due_at.is_(None), jobs.c.on_done_due_at <= now)
+    return _unsent(), _still_tried(given_up_before), is_due
 
 
-def _still_tried(now: datetime) -> ColumnElement[bool]:
-    return or_(jobs.c.on_done_attempts == 0, jobs.c.completed_at > now - GIVE_UP)
+def _still_tried(given_up_before: Moment) -> ColumnElement[bool]:
+    return or_(jobs.c.on_done_attempts == 0, jobs.c.completed_at > given_up_before)

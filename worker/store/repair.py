@@ -21,7 +21,7 @@ from worker.store.jobs import cancel_outputs, finish_job_if_done
 from worker.store.schema import events, jobs, outputs
 from worker.store.transitions import NO_CLAIM
 
-PAGE = 500  # index rows per run
+PAGE = 2_500  # index rows per run
 LONGEST_CLAIM = timedelta(hours=2)  # RECOVERY_SECONDS, the length of a lease, is at most one hour
 
 

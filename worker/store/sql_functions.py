@@ -1,5 +1,6 @@
 """SQL expressions that differ between databases: seconds between two times, and the condition for a due time."""
 
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Boolean, Double, String
@@ -9,6 +10,8 @@ from sqlalchemy.sql.expression import ColumnElement
 from sqlalchemy.sql.functions import FunctionElement
 
 from worker.store.schema import jobs, waiting_account
+
+Moment = datetime | ColumnElement[datetime]  # a time, or a parameter or expression with one
 
 
 class seconds_between(FunctionElement[float]):  # noqa: N801  # SQLAlchemy's functions are written like this
