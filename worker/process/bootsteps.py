@@ -128,7 +128,8 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
         loop = Loop()
         watchdog.watch("the sweep loop", loop)
         looked_at = 0.0
-        while not self._stop.wait(KEYS_SECONDS):
+        pause = KEYS_SECONDS if settings.sd_api_keys_file else SWEEP_LOOK_SECONDS  # other keys don't change
+        while not self._stop.wait(pause):
             loop.beat()
             if time.monotonic() - looked_at > SWEEP_LOOK_SECONDS:
                 looked_at = time.monotonic()

@@ -29,8 +29,8 @@ from worker.process.resources import ProcessResources, process_resources
 from worker.store.breakers import locked_breaker, save_breaker
 from worker.store.claims import claim_holders, queue_due_outputs
 from worker.store.engine import database_now, describe_error
-from worker.store.lost_messages import find_lost_messages
 from worker.store.reports.history import record_history
+from worker.store.sweep_signs import sweep_signs
 from worker.system.process_identity import dead_holders
 
 log = get_task_logger(__name__)
@@ -134,12 +134,10 @@ def sweep_needed() -> bool:
     try:
         with process_resources().engine.connect() as connection:
             now = database_now(connection)
-            if dead_holders(claim_holders(connection)):
+            signs = sweep_signs(connection, now=now, queued_before=now - TAKEN_WITHIN)
+            if signs.calls or (signs.claims and dead_holders(claim_holders(connection))):
                 return True
-            lost = find_lost_messages(connection, now=now, queued_before=now - TAKEN_WITHIN)
-            if lost.calls or not lost.outputs:
-                return lost.calls
-            return find_lost_messages(connection, now=now, queued_before=now - _lost_after()).outputs
+            return signs.outputs and sweep_signs(connection, now=now, queued_before=now - _lost_after()).outputs
     except DATABASE_ERRORS as error:
         log.error("the sweep waits for the database reason=%s", describe_error(error, settings.database))
         return False
