@@ -165,8 +165,8 @@ CASES = [
         without_key,
         "account",
         "no key",
-        "no running worker process has a key of account shop",
-        r'put the key of account shop into SD_API_KEYS\["shop"\] and restart the worker',
+        "no key for account shop",
+        "put the key of shop into SD_API_KEYS or SD_API_KEYS_FILE and restart the workers",
     ),
     Case(
         "wrong key",
@@ -174,7 +174,7 @@ CASES = [
         "account",
         "held",
         "account default: held for 6. s, key rejected: Invalid API key; it is tried again in .*",
-        "put the right key into SD_API_KEY and restart the worker",
+        "put the right key of default into SD_API_KEY or SD_API_KEYS_FILE and restart the workers; if .*",
     ),
     Case(
         "credits",
@@ -182,7 +182,7 @@ CASES = [
         "account",
         "held",
         ".*no credits.*",
-        "buy credits for account default, then fetch-worker resume --account default, .*",
+        "buy credits for default, then fetch-worker resume --account default, or wait: .*",
     ),
     Case(
         "rate limit",
@@ -190,7 +190,7 @@ CASES = [
         "account",
         "held",
         ".*it continues in .*",
-        "nothing: account default continues in .*",
+        "nothing: it continues in .*",
     ),
     Case(
         "no process probes",
@@ -230,7 +230,7 @@ CASES = [
         "host",
         "held",
         "api.test: held for .*unreachable.*",
-        "nothing on your side: api.test does not .*",
+        "fetch-worker resume --host api.test, or wait: it is tried again by itself",
     ),
     Case(
         "request in flight",
@@ -323,7 +323,7 @@ CASES = [
         "output 0",
         "gone",
         ".*a fresh link was requested.*",
-        "buy credits for account default, then fetch-worker resume --account default, .*",
+        "buy credits for default, then fetch-worker resume --account default, or wait: .*",
     ),
     Case(
         "webhook refused",

@@ -158,9 +158,10 @@ CASES: list[tuple[Callable[[Connection], object], str, str, str, int]] = [
     (dead_worker, "no_worker", "1 job due, the oldest for 5 min: no worker process runs", "fetch-worker up", 1),
     (stalled, "polling_stalled", "1 job due, the oldest for 5 min: a worker process runs", "fetch-worker doctor", 1),
     (refused, "account_refused", "2 jobs of default: key rejected: Invalid API key, for ",
-        "fetch-worker resume --account default", 2),
+        "put the right key of default into SD_API_KEY or SD_API_KEYS_FILE and restart the workers; if the API accepts "
+        "the key again, fetch-worker resume --account default", 2),
     (keyless, "no_key", "1 job of shop: no key for account shop, for 5 min",
-        "add shop to SD_API_KEYS and restart the workers", 1),
+        "put the key of shop into SD_API_KEYS or SD_API_KEYS_FILE and restart the workers", 1),
     (unlisted, "host_not_allowed", "1 job of other.test: not on SD_API_HOSTS",
         "add other.test to SD_API_HOSTS and restart the workers", 1),
     (dead_host, "api_unreachable", "1 job of api.test: unreachable: no answer, for ",

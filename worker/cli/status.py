@@ -70,7 +70,7 @@ def _status_document(state: Overview, kinds: Sequence[KindState], asked: Mapping
         "hosts": [asdict(host) for host in state.work.hosts],
         "oldest_due_seconds": round(state.work.oldest_due_seconds, 3),
         "healthy": state.work.healthy,
-        "troubles": [asdict(trouble) for trouble in state.troubles],
+        "troubles": [trouble.document() for trouble in state.troubles],
         "outputs": {
             "unstored": state.unstored.count,
             "oldest_seconds": state.unstored.oldest_seconds,

@@ -77,6 +77,7 @@ def top(every: float, once: bool, as_json: bool) -> int:
 def document(snapshot: Snapshot) -> dict[str, Any]:
     """Return a snapshot as a JSON document. `jobs_more` lists the states with more jobs than were counted."""
     fields = asdict(snapshot)
+    fields["troubles"] = [trouble.document() for trouble in snapshot.troubles]
     fields["late_count"], fields["late_more"] = snapshot.late_count.count, snapshot.late_count.more
     fields["jobs"] = {counted.state: counted.count for counted in snapshot.jobs}
     fields["jobs_more"] = [counted.state for counted in snapshot.jobs if counted.more]

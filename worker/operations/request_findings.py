@@ -6,13 +6,14 @@ from typing import Any
 from sqlalchemy import Row
 
 from worker.coordination.rate_limiter import BudgetStatus
-from worker.core.circuit_breaker import BY_OPERATOR, NOT_LISTED, REFUSALS, CircuitBreaker
+from worker.core.circuit_breaker import BY_OPERATOR, NOT_LISTED, CircuitBreaker
 from worker.core.humanize import format_count, format_duration
 from worker.core.pacing.policy import PacedJob
 from worker.core.pacing.survival import MAX_POLL_AGE
 from worker.core.redaction.masking import mask_personal_data
 from worker.operations.job_context import MAX_JOBS_AHEAD, Finding, JobContext
 from worker.operations.lost_work import OVER_SECONDS
+from worker.operations.remedies import for_hold, for_missing_key
 from worker.store.holds import work_limits
 from worker.store.reports.work_state import HEALTHY_SECONDS, NO_KEY
 from worker.system.process_identity import liveness
@@ -41,46 +42,34 @@ def request_findings(context: JobContext, peek: BudgetStatus | None) -> Iterator
 def _account(context: JobContext) -> Finding:
     name = context.job.account
     breaker = context.work.breakers.get(("account", name), CircuitBreaker("account", name))
-    variable = _key_variable(context, name)
     if breaker.held(context.now):
-        return _held(context, breaker, f"account {name}", variable)
+        return _held(context, breaker, f"account {name}")
     if context.account_state.reason_class == NO_KEY:
-        advice = f"put the key of account {name} into {variable}"
-        return Finding("account", "no key", f"no running worker process has a key of account {name}", advice)
+        return Finding("account", "no key", context.account_state.reason or "", for_missing_key(name).text)
     if breaker.proven:
         return Finding("account", "open", f"{name}: the API accepted its key")
     return Finding("account", "open", f"{name}: its key is not tested yet, so a single request is sent first")
-
-
-def _key_variable(context: JobContext, account: str) -> str:
-    """Return where the key of an account is configured, and what to do after a change."""
-    if context.settings.sd_api_keys_file:
-        return f'the file SD_API_KEYS_FILE, as "{account}": the worker reads it again by itself'
-    variable = "SD_API_KEY" if account == "default" else f'SD_API_KEYS["{account}"]'
-    return f"{variable} and restart the worker"
 
 
 def _host(context: JobContext) -> Finding:
     name = context.job.fetch_host
     breaker = context.work.breakers.get(("host", name), CircuitBreaker("host", name))
     if breaker.held(context.now):
-        return _held(context, breaker, name, "")
+        return _held(context, breaker, name)
     detail = f"{name}: the last {format_count(breaker.troubles, 'request')} failed" if breaker.troubles else name
     return Finding("host", "open", detail)
 
 
-def _held(context: JobContext, breaker: CircuitBreaker, subject: str, variable: str) -> Finding:
+def _held(context: JobContext, breaker: CircuitBreaker, subject: str) -> Finding:
     """Return the finding about an account or host (`subject`) that is held."""
     began = breaker.held_since
+    remedy = for_hold(breaker.scope, breaker.name, breaker.why or "")
     duration = "" if began is None else f" held for {format_duration(context.seconds_since(began))}"
     if breaker.paused_at is not None:
-        advice = f"fetch-worker resume --{breaker.scope} {breaker.name}"
-        return Finding(breaker.scope, BY_OPERATOR, f"{subject}:{duration}, until an operator resumes it", advice)
+        detail = f"{subject}:{duration}, until an operator resumes it"
+        return Finding(breaker.scope, BY_OPERATOR, detail, remedy.text)
     if breaker.is_unlisted:
-        advice = (
-            f"add {breaker.name} to SD_API_HOSTS and restart the worker, or cancel the job; "
-            "otherwise the job expires at its deadline"
-        )
+        advice = f"{remedy.text}, or cancel the job; otherwise the job expires at its deadline"
         return Finding(breaker.scope, "held", f"{subject}:{duration}, {NOT_LISTED}", advice)
     wait = 0.0 if breaker.tried_at is None else -context.seconds_since(breaker.tried_at)
     next_try = (
@@ -90,26 +79,13 @@ def _held(context: JobContext, breaker: CircuitBreaker, subject: str, variable: 
         next_try = f"should have been tried again {format_duration(-wait)} ago"
         advice = f"{START_WORKER}: no process tries {subject} again"
     else:
-        advice = _hold_advice(breaker, subject, variable, next_try)
+        advice = f"nothing: it {next_try}" if breaker.until else remedy.text
     return Finding(
         breaker.scope,
         "held",
         f"{subject}:{duration}, {mask_personal_data(breaker.reason or '')}; it {next_try}",
         advice,
     )
-
-
-def _hold_advice(breaker: CircuitBreaker, subject: str, variable: str, next_try: str) -> str:
-    reason = breaker.reason or ""
-    if breaker.scope == "host":
-        return f"nothing on your side: {subject} does not answer; it {next_try}"
-    if reason.startswith(REFUSALS["key"]):
-        return f"put the right key into {variable}"
-    if reason.startswith(REFUSALS["credits"]):
-        return f"buy credits for {subject}, then fetch-worker resume --account {breaker.name}, or wait: it {next_try}"
-    if reason.startswith(REFUSALS["plan"]):
-        return f"check the plan of {subject} with the API's provider: it {next_try}"
-    return f"nothing: {subject} {next_try}"
 
 
 def _claim(context: JobContext) -> Finding:

@@ -4,7 +4,6 @@ This is the only place that decides so. `status`, `doctor`, `top`, the admin pag
 list. It comes from the database alone, so everyone sees the same.
 """
 
-import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,11 +18,22 @@ from worker.core.lifecycle import STORAGE_WAIT
 from worker.core.redaction.masking import mask_personal_data
 from worker.operations.late_webhooks import LateWebhook, late_webhooks
 from worker.operations.lost_work import dead_claim_holders, lost_claims, overdue_jobs
+from worker.operations.remedies import (
+    DOCTOR,
+    MAX_NAMED,
+    UP,
+    Remedy,
+    advice,
+    for_filter,
+    for_hold,
+    for_jobs,
+    for_missing_key,
+)
 from worker.operations.unstored import UnstoredByHost, UnstoredOutputs, read_unstored
 from worker.settings import Settings
 from worker.store.events import undelivered_events
 from worker.store.on_done import GIVE_UP, refused_calls, unsent_calls
-from worker.store.reports.snapshot_rows import COUNTED_MOST, StaleClaim, count_in_state, count_late
+from worker.store.reports.snapshot_rows import COUNTED_MOST, count_in_state, count_late
 from worker.store.reports.work_state import HEALTHY_SECONDS, NO_KEY, AccountState, WorkState, read_work_state
 
 # The codes, worst first, with what each means. The manual and the metrics have the same list.
@@ -59,22 +69,30 @@ BACKLOG_SECONDS = 30.0  # the time to catch up from which a backlog is worth a l
 SLOWED_SHARE = 0.8  # of the configured rate
 UNSENT_LATE_SECONDS = 60.0  # `on_done` messages are sent within seconds
 STALE_SECONDS = 10.0  # claims of ended leases are released, or claimed anew, within seconds
-MAX_NAMED = 5  # jobs that a command names
-UP = "fetch-worker up"
 
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """One trouble: a code of `CODES`, one sentence, the command that repairs it, the jobs concerned, and its start.
+    """One trouble: a code of `CODES`, one sentence, what repairs it, the jobs concerned, and its start.
 
-    `command` is a command line, or a setting to change. `jobs` counts jobs, outputs or messages. It stops at 10,001.
+    `jobs` counts jobs, outputs or messages. It stops at 10,001.
     """
 
     code: str
     text: str
-    command: str
+    remedy: Remedy
     jobs: int
     since: datetime | None
+
+    @property
+    def command(self) -> str:
+        """The command line that repairs it, or the setting to change."""
+        return self.remedy.text
+
+    def document(self) -> dict[str, Any]:
+        """Return the trouble as a JSON document shows it."""
+        names = ("code", "text", "command", "jobs", "since")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +168,7 @@ def _polling(connection: Connection, work: WorkState) -> Iterator[Trouble]:
     waiting = f"{_jobs(jobs)} due, the oldest for {format_duration(late)}"
     if work.pollers:
         text = f"{waiting}: a worker process runs, but made no request for {_last_request(work)}"
-        yield Trouble("polling_stalled", text, "fetch-worker doctor", jobs, since)
+        yield Trouble("polling_stalled", text, DOCTOR, jobs, since)
     else:
         yield Trouble("no_worker", f"{waiting}: no worker process runs", UP, jobs, since)
 
@@ -172,14 +190,14 @@ def _accounts(connection: Connection, work: WorkState) -> Iterator[Trouble]:
 
 def _held_account(account: AccountState, jobs: int, work: WorkState) -> Iterator[Trouble]:
     name, reason = account.account, mask_personal_data(account.reason or "")
-    resume = f"fetch-worker resume --account {shlex.quote(name)}"
+    remedy = for_hold("account", name, account.reason or "")
     text = f"{_jobs(jobs)} of {name}: {reason}, for {_age(account.since, work)}"
     if account.reason == BY_OPERATOR:
-        yield Trouble("held_by_operator", text, resume, jobs, account.since)
+        yield Trouble("held_by_operator", text, remedy, jobs, account.since)
     elif account.reason_class == NO_KEY:
-        yield Trouble("no_key", text, f"add {name} to SD_API_KEYS and restart the workers", jobs, account.since)
+        yield Trouble("no_key", text, for_missing_key(name), jobs, account.since)
     elif account.reason_class in REFUSALS.values():
-        yield Trouble("account_refused", text, resume, jobs, account.since)
+        yield Trouble("account_refused", text, remedy, jobs, account.since)
 
 
 def _slow_account(connection: Connection, account: AccountState, work: WorkState) -> Iterator[Trouble]:
@@ -195,12 +213,12 @@ def _slow_account(connection: Connection, account: AccountState, work: WorkState
         since = min(group.due_at for group in due)
         catch_up = f"{format_duration(jobs / rate)} to catch up"
         text = f"{_jobs(jobs)} of {account.account} are late: the limit is {limits}, {catch_up}"
-        yield Trouble("backlog", text, "raise SD_API_RPS if the API allows it", jobs, since)
+        yield Trouble("backlog", text, advice("raise SD_API_RPS if the API allows it"), jobs, since)
     if slowed:
         breaker = work.breakers.get(("account", account.account))
         text = f"{account.account}: the API refused requests, so {limits} are sent; the rate rises again slowly"
-        command = f"SD_API_RPS={account.ceiling or account.rps:.3g}, if this is the limit of the plan"
-        yield Trouble("account_slowed", text, command, jobs, None if breaker is None else breaker.cut_at)
+        remedy = advice(f"SD_API_RPS={account.ceiling or account.rps:.3g}, if this is the limit of the plan")
+        yield Trouble("account_slowed", text, remedy, jobs, None if breaker is None else breaker.cut_at)
 
 
 def _hosts(connection: Connection, work: WorkState) -> Iterator[Trouble]:
@@ -209,16 +227,15 @@ def _hosts(connection: Connection, work: WorkState) -> Iterator[Trouble]:
         jobs = count_late(connection, groups, before=work.now)
         reason = mask_personal_data(host.reason)
         text = f"{_jobs(jobs)} of {host.host}: {reason}, for {_age(host.since, work)}"
-        command = f"fetch-worker resume --host {shlex.quote(host.host)}"
         if host.reason == BY_OPERATOR:
             code = "held_by_operator"
         elif host.reason.startswith(NOT_LISTED):
-            code, command = "host_not_allowed", f"add {host.host} to SD_API_HOSTS and restart the workers"
+            code = "host_not_allowed"
         elif NO_SUCH_PATH in host.reason:
-            code, command = "wrong_path", "correct SD_API_URL and restart the workers"
+            code = "wrong_path"
         else:
             code = "api_unreachable"
-        yield Trouble(code, text, command, jobs, host.since)
+        yield Trouble(code, text, for_hold("host", host.host, host.reason), jobs, host.since)
 
 
 def _outputs(settings: Settings, work: WorkState, unstored: UnstoredOutputs) -> Iterator[Trouble]:
@@ -233,12 +250,14 @@ def _outputs(settings: Settings, work: WorkState, unstored: UnstoredOutputs) -> 
             f"{format_count(count, 'output')} can't be written: {mask_personal_data(unstored.storage or 'unknown')}; "
             f"tried again every {STORAGE_WAIT:g} s, none is lost"
         )
-        yield Trouble("storage", text, "fetch-worker resume --output-code storage", count, _oldest(unstored, work))
+        remedy = for_filter("resume", "output-code", "storage")
+        yield Trouble("storage", text, remedy, count, _oldest(unstored, work))
     if not work.downloaders and unstored.oldest_seconds > UNSTORED_LATE_SECONDS:
         yield Trouble("no_downloader", f"{waiting}: no process downloads", UP, unstored.count, oldest_at)
     if unstored.oldest_seconds > LINKS_END_SHARE * settings.output_deadline:
         text = f"{waiting}; outputs are given up after {format_duration(settings.output_deadline)}"
-        yield Trouble("links_ending", text, "fetch-worker list --status downloading", unstored.count, oldest_at)
+        remedy = for_filter("list", "status", "downloading")
+        yield Trouble("links_ending", text, remedy, unstored.count, oldest_at)
     for group in unstored.groups:
         if group.code not in (None, "storage") and group.oldest_seconds > UNREACHABLE_LATE_SECONDS:
             yield _unreachable_outputs(group, work)
@@ -250,8 +269,8 @@ def _unreachable_outputs(group: UnstoredByHost, work: WorkState) -> Trouble:
         f"the oldest waits for {format_duration(group.oldest_seconds)}"
     )
     since = work.now - timedelta(seconds=group.oldest_seconds)
-    command = f"fetch-worker resume --output-code {shlex.quote(group.code or '')}"
-    return Trouble("outputs_unreachable", text, command, group.count, since)
+    remedy = for_filter("resume", "output-code", group.code or "")
+    return Trouble("outputs_unreachable", text, remedy, group.count, since)
 
 
 def _oldest(unstored: UnstoredOutputs, work: WorkState) -> datetime:
@@ -266,8 +285,7 @@ def _webhooks(connection: Connection, work: WorkState, webhooks: Iterable[LateWe
         late = f"the oldest for {format_duration(webhook.late_seconds)}"
         if webhook.attempts and webhook.message:
             text = f"{waiting} refused: {webhook.message}, {late}"
-            command = f"fetch-worker notify {webhook.job_id}"
-            yield Trouble("webhooks_refused", text, command, webhook.count, since)
+            yield Trouble("webhooks_refused", text, for_jobs("notify", [webhook.job_id]), webhook.count, since)
         else:
             text = f"{waiting} not sent, {late}: a worker process with WEBHOOK_SECRET must run"
             yield Trouble("webhooks_late", text, UP, webhook.count, since)
@@ -275,7 +293,7 @@ def _webhooks(connection: Connection, work: WorkState, webhooks: Iterable[LateWe
     given_up = undelivered_events(connection, since=work.now - timedelta(days=1))
     if given_up.given_up:
         text = f"{format_count(given_up.given_up, 'webhook')} given up in the last day: {given_up.message}"
-        yield Trouble("webhooks_given_up", text, "fetch-worker list --status completed", given_up.given_up, None)
+        yield Trouble("webhooks_given_up", text, for_filter("list", "status", "completed"), given_up.given_up, None)
 
 
 def _on_done(connection: Connection, work: WorkState) -> Iterator[Trouble]:
@@ -285,8 +303,8 @@ def _on_done(connection: Connection, work: WorkState) -> Iterator[Trouble]:
             f"{format_count(refused.waiting + refused.given_up, '`on_done` message')} refused by the broker, for "
             f"example {refused.on_done} of job {refused.job_id}: {refused.reason}; tried again for {GIVE_UP.days} days"
         )
-        command = f"fetch-worker show {refused.job_id}"
-        yield Trouble("on_done_refused", text, command, refused.waiting + refused.given_up, None)
+        remedy = for_jobs("show", [refused.job_id])
+        yield Trouble("on_done_refused", text, remedy, refused.waiting + refused.given_up, None)
     late = unsent_calls(connection, before=work.now - timedelta(seconds=UNSENT_LATE_SECONDS))
     if late:
         text = f"{format_count(late, '`on_done` message')} not sent for more than a minute"
@@ -298,16 +316,12 @@ def _lost_work(connection: Connection, settings: Settings, evidence: Evidence) -
     claims = lost_claims(connection, settings, now, grace=STALE_SECONDS, dead=dead)
     if claims:
         text = f"{format_count(len(claims), 'row')} claimed, and the process that has the claim is dead or hangs"
-        yield Trouble("lost_claims", text, _resume(claims), len(claims), claims[0].until)
+        remedy = for_jobs("resume", (claim.job_id for claim in claims))
+        yield Trouble("lost_claims", text, remedy, len(claims), claims[0].until)
     if rows:
-        ids = " ".join(str(row.id) for row in rows[:MAX_NAMED])
         text = f"{_jobs(len(rows))} past the deadline and not polled soon"
-        yield Trouble("past_deadline", text, f"fetch-worker resume {ids}", len(rows), rows[0].deadline_at)
-
-
-def _resume(claims: Sequence[StaleClaim]) -> str:
-    job_ids = dict.fromkeys(claim.job_id for claim in claims)
-    return f"fetch-worker resume {' '.join(map(str, list(job_ids)[:MAX_NAMED]))}"
+        remedy = for_jobs("resume", (row.id for row in rows))
+        yield Trouble("past_deadline", text, remedy, len(rows), rows[0].deadline_at)
 
 
 def _redis(work: WorkState) -> Iterator[Trouble]:
@@ -315,7 +329,7 @@ def _redis(work: WorkState) -> Iterator[Trouble]:
     if cut_off:
         names = ", ".join(process.name for process in cut_off[:MAX_NAMED])
         text = f"Redis does not answer {names}: polling goes on with a share of the rate limit"
-        yield Trouble("redis_away", text, "fetch-worker doctor", 0, None)
+        yield Trouble("redis_away", text, DOCTOR, 0, None)
 
 
 def _age(since: datetime | None, work: WorkState) -> str:
