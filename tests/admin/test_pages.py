@@ -14,10 +14,11 @@ from sqlalchemy import Engine, insert, update
 from tests.admin_pages import PASSWORD, Operator, add_stored
 from tests.rows import NOW, add_downloading, add_job, add_output, add_process, read_job, seconds
 from worker.admin.access import AccessControl
-from worker.admin.job_actions import JOB_ACTIONS, apply_to_jobs
+from worker.admin.job_actions import apply_to_jobs
 from worker.admin.outputs import MAX_PICTURE_BYTES, PICTURES, display_kind
 from worker.admin.site import make_site
 from worker.client import actions
+from worker.client.job_actions import JOB_ACTIONS
 from worker.core.answer_history import NOTE_SEPARATOR
 from worker.core.media import signatures as core_media
 from worker.core.media.signatures import Media

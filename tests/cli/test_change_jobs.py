@@ -15,7 +15,7 @@ from sqlalchemy import Engine, insert, select, update
 from tests.command_line import Run, command_runner
 from tests.rows import NOW, add_downloading, add_job, add_output, read_job
 from worker.cli import progress
-from worker.client import actions
+from worker.client import matching
 from worker.store.breakers import all_breakers
 from worker.store.counters import FINISHED, read_counters
 from worker.store.engine import transact
@@ -144,8 +144,8 @@ def test_remote_ids_select_jobs_of_all_accounts_or_of_given_ones(engine: Engine,
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Set small pages and transactions, so that a few jobs need several."""
-    monkeypatch.setattr(actions, "FEW", 5)
-    monkeypatch.setattr(actions, "BATCH", 2)
+    monkeypatch.setattr(matching, "FEW", 5)
+    monkeypatch.setattr(matching, "BATCH", 2)
 
 
 @pytest.mark.usefixtures("small_steps")
@@ -328,7 +328,7 @@ def test_an_interrupted_command_reports_its_progress(engine: Engine, run: Run, m
             raise KeyboardInterrupt
         return transact(*arguments)
 
-    monkeypatch.setattr(actions, "transact", cut_off)
+    monkeypatch.setattr(matching, "transact", cut_off)
     stopped = run("cancel", "--status", "pending", "--yes")
     second_run = run("cancel", "--status", "pending", "--yes", "--json")
 
@@ -350,7 +350,7 @@ def test_a_job_that_becomes_final_meanwhile_is_not_changed(
             connection.execute(update(jobs).where(jobs.c.id == ids[0]).values(over))
         return transact(engine, work)
 
-    monkeypatch.setattr(actions, "transact", late)
+    monkeypatch.setattr(matching, "transact", late)
     result = run("hold", "--status", "pending", "--yes", "--json")
 
     assert (result.code, result.document) == (0, _rows([ids[2], ids[1]], "pending"))

@@ -9,8 +9,9 @@ import pytest
 from sqlalchemy import Connection, Engine, select
 
 from tests.rows import LEASE, add_job
-from worker.client import actions
-from worker.client.actions import Action, change_matching
+from worker.client import matching
+from worker.client.job_actions import Action
+from worker.client.matching import change_matching
 from worker.core.lifecycle import AskAgain, EndJob, Strikes
 from worker.settings import Settings, load
 from worker.store.claims import claim_jobs
@@ -28,8 +29,8 @@ JOBS = 240
 def settings(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Settings for the test database, with small batches."""
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
-    monkeypatch.setattr(actions, "BATCH", 20)
-    monkeypatch.setattr(actions, "FEW", 60)
+    monkeypatch.setattr(matching, "BATCH", 20)
+    monkeypatch.setattr(matching, "FEW", 60)
     return load()
 
 
@@ -93,7 +94,7 @@ def test_an_action_by_filter_logs_one_line(
     engine: Engine, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The line has the number of jobs."""
-    caplog.set_level(logging.INFO, "worker.client.actions")
+    caplog.set_level(logging.INFO, "worker.client.matching")
     with engine.begin() as connection:
         for number in range(50):
             add_job(connection, str(number))

@@ -13,8 +13,8 @@ from sqlalchemy import Engine, Row, select
 import worker
 from tests.rows import NOW, add_job, read_job
 from worker import tasks
-from worker.client import actions, holds
-from worker.client.actions import change_matching
+from worker.client import holds, matching
+from worker.client.matching import change_matching
 from worker.settings import Settings, load
 from worker.store.audit import latest_actions
 from worker.store.engine import transact
@@ -25,12 +25,12 @@ from worker.system.who import acting
 FAILED: dict[str, Any] = {"status": "failed", "error_code": "api_failed", "due_at": None, "completed_at": NOW}
 KILLED_IN_THE_THIRD_BATCH = """
 import os, signal
-from worker.client import actions
+from worker.client import matching
 from worker.settings import load
 from worker.store.counters import Tally
 from worker.store.reports.search import JobFilter
 
-actions.BATCH = 2
+matching.BATCH = 2
 batches, write = [], Tally.write
 
 def write_or_die(tally, connection):
@@ -40,7 +40,7 @@ def write_or_die(tally, connection):
         os.kill(os.getpid(), signal.SIGKILL)
 
 Tally.write = write_or_die
-for _ in actions.change_matching("cancel", JobFilter(accounts=("shop",)), load()):
+for _ in matching.change_matching("cancel", JobFilter(accounts=("shop",)), load()):
     pass
 """
 
@@ -49,8 +49,8 @@ for _ in actions.change_matching("cancel", JobFilter(accounts=("shop",)), load()
 def settings(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Settings for the test database, with small batches."""
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
-    monkeypatch.setattr(actions, "FEW", 5)
-    monkeypatch.setattr(actions, "BATCH", 2)
+    monkeypatch.setattr(matching, "FEW", 5)
+    monkeypatch.setattr(matching, "BATCH", 2)
     monkeypatch.setattr(sys, "argv", ["/srv/shop/manage.py"])
     return load()
 
@@ -130,7 +130,7 @@ def test_given_a_filter_when_the_command_is_interrupted_then_the_committed_batch
             raise KeyboardInterrupt
         return transact(*arguments)
 
-    monkeypatch.setattr(actions, "transact", cut_off)
+    monkeypatch.setattr(matching, "transact", cut_off)
     with pytest.raises(KeyboardInterrupt):
         list(change_matching("hold", JobFilter(), settings))
 

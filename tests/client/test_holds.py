@@ -9,7 +9,7 @@ from sqlalchemy import Engine, select, update
 
 import worker
 from tests.rows import NOW, add_downloading, add_job, add_output, claim_due_jobs, read_job, read_output, seconds
-from worker.client import actions, holds
+from worker.client import holds, matching
 from worker.client import workers as client_workers
 from worker.core.circuit_breaker import CircuitBreaker, Scope, after_rate_limit, after_refusal
 from worker.core.lifecycle import AskAgain, EndJob, JobFacts, Strikes, after_answer
@@ -312,7 +312,7 @@ def test_resume_by_output_code_resumes_downloads(database: Engine) -> None:
 
     assert [
         result.id
-        for batch in actions.change_matching("resume", job_filter, load())
+        for batch in matching.change_matching("resume", job_filter, load())
         for result in batch
         if result.changed
     ] == [unreachable]

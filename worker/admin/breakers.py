@@ -5,6 +5,7 @@ from flask_admin import BaseView, expose
 from werkzeug.exceptions import NotFound
 from werkzeug.wrappers import Response
 
+from worker.admin.confirmation import ask_for_confirmation
 from worker.admin.job_actions import apply_to_breaker
 from worker.admin.reader import AdminReader
 
@@ -37,14 +38,14 @@ class BreakersView(BaseView):
         if request.form.get("confirmed") == "yes":
             flash(apply_to_breaker(name, *existing, who=g.login.name), "success")
             return redirect(url_for("gates.index"))
-        page: str = self.render(
-            "confirm.html",
+        rows = [("scope", scope, ""), ("name", breaker, f"{scope} {breaker}")]
+        return ask_for_confirmation(
+            self,
+            name,
+            url_for("gates.act"),
+            rows,
             title=f"{name.title()} the {scope} {breaker}?",
             meaning=MEANING[name],
             button=name.title(),
-            rows=[("scope", scope, ""), ("name", breaker, f"{scope} {breaker}")],
-            target=url_for("gates.act"),
-            chosen=name,
             back=url_for("gates.index"),
         )
-        return page

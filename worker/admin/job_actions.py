@@ -3,13 +3,13 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from sqlalchemy import Connection
 
-from worker.client.actions import Action, cancel, change_matching, changeable, notify, retry
-from worker.client.holds import hold, hold_account_or_host, resume, resume_account_or_host
+from worker.client.holds import hold_account_or_host, resume_account_or_host
+from worker.client.job_actions import JOB_ACTIONS, Action, JobAction
+from worker.client.matching import change_matching, changeable
 from worker.client.selection import filter_options
 from worker.core.circuit_breaker import Scope
 from worker.core.humanize import format_count
@@ -24,36 +24,6 @@ log = logging.getLogger(__name__)
 MAX_JOBS = 500  # jobs per form
 MATCHING_SECONDS = 20.0  # of one change of all jobs that match: then the browser gets its answer
 COUNTED_MOST = 100_000  # jobs that match
-FILTER_ACTIONS: tuple[Action, ...] = ("retry", "cancel", "hold", "resume")
-
-
-@dataclass(frozen=True, slots=True)
-class JobAction:
-    """An action on jobs: its button, its meaning, and the words for jobs that changed and that did not."""
-
-    name: str
-    label: str
-    meaning: str
-    done: str
-    unchanged: str
-    work: Callable[[int], bool]
-
-
-JOB_ACTIONS: Mapping[str, JobAction] = {
-    action.name: action
-    for action in (
-        JobAction("retry", "Retry", "Failed and expired jobs are tried again at once, with a new deadline.",
-            "retried", "neither failed nor expired", retry),
-        JobAction("cancel", "Cancel", "The jobs end; their stored files stay. This can't be undone.",
-            "cancelled", "already final", cancel),
-        JobAction("hold", "Hold", "The jobs are not polled until they are resumed. Only pending jobs can be held.",
-            "held", "not pending or already held", hold),
-        JobAction("resume", "Resume", "Held and waiting jobs, and jobs of a dead process, continue at once.",
-            "resumed", "not waiting", resume),
-        JobAction("notify", "Notify", "The webhooks of the jobs are sent again, with the same ids and bodies.",
-            "notified", "without a webhook to send", notify),
-    )
-}  # fmt: skip
 
 
 def job_ids(values: Sequence[str]) -> list[int]:

@@ -13,17 +13,11 @@ from werkzeug.exceptions import NotFound
 from werkzeug.wrappers import Response
 
 from worker.admin.access import own_path
+from worker.admin.confirmation import ask_for_confirmation
 from worker.admin.formatting import moment
-from worker.admin.job_actions import (
-    FILTER_ACTIONS,
-    JOB_ACTIONS,
-    JobAction,
-    apply_to_jobs,
-    apply_to_matching,
-    count_changeable,
-    job_ids,
-)
+from worker.admin.job_actions import apply_to_jobs, apply_to_matching, count_changeable, job_ids
 from worker.admin.reader import AdminReader
+from worker.client.job_actions import FILTER_ACTIONS, JOB_ACTIONS
 from worker.client.selection import filter_options
 from worker.core.humanize import format_count
 from worker.core.lifecycle import FINAL_STATES, JOB_CODES, JOB_STATES, OUTPUT_CODES
@@ -160,22 +154,13 @@ class JobsView(RowsView):
                 problem = unknown_name(connection, job_filter, self.reader.settings)
                 count = "" if problem else count_changeable(connection, action, job_filter)
             if count:
-                return self._confirm_matching(JOB_ACTIONS[action], job_filter, count, back)
+                label, target = f"{JOB_ACTIONS[action].label} {count}", url_for("jobs.matching", **list_parameters())
+                rows = [("matching", "yes", f"all jobs that match: {filter_options(job_filter)}")]
+                return ask_for_confirmation(
+                    self, name, target, rows, meaning=JOB_ACTIONS[action].meaning, button=label, back=back
+                )
             flash(f"No matching job can be {JOB_ACTIONS[action].done}.", "warning")
         return redirect(back)
-
-    def _confirm_matching(self, job_action: JobAction, job_filter: JobFilter, count: str, back: str) -> str:
-        page: str = self.render(
-            "confirm.html",
-            title=f"{job_action.label} {count}?",
-            meaning=job_action.meaning,
-            button=f"{job_action.label} {count}",
-            rows=[("matching", "yes", f"all jobs that match: {filter_options(job_filter)}")],
-            target=url_for("jobs.matching", **list_parameters()),
-            chosen=job_action.name,
-            back=back,
-        )
-        return page
 
     def act(self, name: str, ids: Sequence[str]) -> str | None:
         """Ask for confirmation, or apply the action if the form is confirmed."""
@@ -183,17 +168,17 @@ class JobsView(RowsView):
         if not selected:
             flash("No job was selected.", "warning")
         elif request.form.get("confirmed") != "yes":
-            page: str = self.render(
-                "confirm.html",
-                title=f"{job_action.label} {'this job' if len(selected) == 1 else f'these {len(selected):,} jobs'}?",
+            these = "this job" if len(selected) == 1 else f"these {len(selected):,} jobs"
+            return ask_for_confirmation(
+                self,
+                name,
+                url_for("jobs.action_view"),
+                [("rowid", number, f"job {number}") for number in selected],
+                title=f"{job_action.label} {these}?",
                 meaning=job_action.meaning,
                 button=f"{job_action.label} {format_count(len(selected), 'job')}",
-                rows=[("rowid", number, f"job {number}") for number in selected],
-                target=url_for("jobs.action_view"),
-                chosen=name,
                 back=own_path(request.form.get("url", "")),
             )
-            return page
         else:
             flash(apply_to_jobs(job_action, selected, who=g.login.name), "success")
         return None

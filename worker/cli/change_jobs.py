@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -13,9 +13,10 @@ from worker.cli.filters import check_names, checked_filter, filter_options, stor
 from worker.cli.job_ids import job_numbers, jobs_with_remote_id
 from worker.cli.output import json_option, print_json, print_records, print_table
 from worker.cli.progress import show_progress
-from worker.client import actions, holds
-from worker.client.actions import Action, ActionResult, change_matching, changeable
+from worker.client import holds
 from worker.client.connection import transaction
+from worker.client.job_actions import JOB_ACTIONS, Action
+from worker.client.matching import ActionResult, change_matching, changeable
 from worker.core.circuit_breaker import Scope
 from worker.core.humanize import format_count
 from worker.errors import JobNotFound
@@ -29,13 +30,6 @@ from worker.system.terminal import echo
 
 SHOWN = 20  # jobs listed by a dry run
 PAGE = 1_000
-ACTIONS: dict[Action, Callable[[int], bool]] = {
-    "cancel": actions.cancel,
-    "retry": actions.retry,
-    "hold": holds.hold,
-    "resume": holds.resume,
-}
-PARTICIPLES: dict[Action, str] = {"cancel": "cancelled", "retry": "retried", "hold": "held", "resume": "resumed"}
 RULES = """
     Name the jobs by their ids, or with --remote (add --account to limit the accounts). Exit code 1 if one of them
     does not exist or did not change.
@@ -115,7 +109,7 @@ def _jobs(request: _Request, job_ids: Iterable[int], settings: Settings) -> int:
 
 def _apply(request: _Request, job_id: int, settings: Settings) -> ActionResult:
     """Apply the action to a job, or only check whether it would change the job. Raises JobNotFound."""
-    changed = not request.dry_run and ACTIONS[request.action](job_id)
+    changed = not request.dry_run and JOB_ACTIONS[request.action].work(job_id)
     with transaction(settings) as connection:
         job = job_row(connection, job_id)
         if job is None:
@@ -136,7 +130,7 @@ def _filtered(request: _Request, job_filter: JobFilter, settings: Settings) -> i
         matching_jobs = prepare_search(connection, changeable(request.action, job_filter))
         count = count_matching(connection, matching_jobs)
     if count == 0:
-        echo(f"no matching job can be {PARTICIPLES[request.action]}", err=True)
+        echo(f"no matching job can be {JOB_ACTIONS[request.action].done}", err=True)
         if request.as_json:
             _print_stream(())
         return 0
@@ -151,7 +145,7 @@ def _filtered(request: _Request, job_filter: JobFilter, settings: Settings) -> i
         _print_stream(changes)
     else:
         changed = sum(row.changed for row in changes)
-        echo(f"{format_count(changed, 'job')} {PARTICIPLES[request.action]}")
+        echo(f"{format_count(changed, 'job')} {JOB_ACTIONS[request.action].done}")
     return 0
 
 
@@ -160,7 +154,7 @@ def _show_preview(request: _Request, matching_jobs: Search, count: int, settings
     if request.as_json:
         _print_stream(preview)
         return
-    echo(f"{format_count(count, 'job')} would be {PARTICIPLES[request.action]}")
+    echo(f"{format_count(count, 'job')} would be {JOB_ACTIONS[request.action].done}")
     shown = list(islice(preview, SHOWN))
     _print_acted(shown, request)
     if count > len(shown):
@@ -183,7 +177,7 @@ def _all(matching_jobs: Search, settings: Settings) -> Iterator[Any]:
 def _with_progress(batches: Iterable[list[ActionResult]], action: Action, count: int) -> Iterator[ActionResult]:
     """Yield the changes, and show the progress."""
     changed = 0
-    with show_progress("job", PARTICIPLES[action], count) as show:
+    with show_progress("job", JOB_ACTIONS[action].done, count) as show:
         for batch in batches:
             changed += sum(row.changed for row in batch)
             show(changed)

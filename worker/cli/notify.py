@@ -7,8 +7,8 @@ import click
 from worker.cli.job_ids import target_options, targets
 from worker.cli.output import json_option, print_json, print_records
 from worker.client import actions
-from worker.client.actions import ActionResult
 from worker.client.connection import transaction
+from worker.client.matching import ActionResult
 from worker.errors import JobNotFound
 from worker.settings import load
 from worker.store.jobs import job_row
