@@ -148,11 +148,18 @@ Rows = dict[str, list[dict[str, Any]]]
 
 
 def all_rows(engine: Engine) -> Rows:
-    """Return all rows of all copied tables, by the name of the table and in the order of the primary key."""
+    """Return all rows of all copied tables, by the name of the table and in the order of the primary key.
+
+    The row of the audit trail that the copy itself adds is left out.
+    """
     with engine.connect() as connection:
         return {
             table.name: sorted(
-                (dict(row) for row in connection.execute(select(table)).mappings()),
+                (
+                    dict(row)
+                    for row in connection.execute(select(table)).mappings()
+                    if row.get("action") != "copy-database"
+                ),
                 key=lambda row: tuple(row[column.name] for column in table.primary_key.columns),
             )
             for table in COPIED_TABLES

@@ -18,8 +18,9 @@ from tests.rows import NOW, add_job
 from worker.errors import CopyRefused, SchemaOutdated
 from worker.operations.copy_database import CopyReport, copy_database, count_rows
 from worker.store import copying
+from worker.store.audit import latest_actions
 from worker.store.copying import COPIED_TABLES
-from worker.store.engine import SCHEMA_VERSION, database_now, make_engine, schema_version
+from worker.store.engine import SCHEMA_VERSION, database_now, make_engine, schema_version, shown_url
 from worker.store.migrate import migrate
 from worker.store.processes import remove_process
 from worker.store.schema import VERSION_TABLE, copies, jobs, metadata, processes, unread
@@ -118,6 +119,20 @@ def test_more_rows_than_a_batch_are_copied(source: Engine, target: Engine, monke
     assert all_rows(target) == all_rows(source)
     assert progress == sorted(progress)
     assert progress[-1] == count_rows(source) == 200
+
+
+def test_the_audit_trail_of_the_copy_says_what_was_copied_once(source: Engine, target: Engine) -> None:
+    plant_many(source, 3)
+
+    copy_database(source, target)
+    copy_database(source, target)
+
+    with target.connect() as connection:
+        (action,) = latest_actions(connection)
+    with source.connect() as connection:
+        assert latest_actions(connection) == []
+    assert (action.action, action.jobs, action.job_id) == ("copy-database", 3, None)
+    assert action.filter == f"DATABASE_URL={shown_url(source.url)}"
 
 
 @pytest.mark.parametrize(

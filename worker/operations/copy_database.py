@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 from worker.errors import CopyRefused, WorkerError
 from worker.store import copying
+from worker.store.audit import record_action
 from worker.store.copying import COPIED_TABLES, Position, RecordedCopy, Values
 from worker.store.database_identity import database_id
 from worker.store.engine import (
@@ -31,6 +32,7 @@ from worker.store.engine import (
 )
 from worker.store.migrate import migrate
 from worker.store.processes import ALIVE_SECONDS, read_processes
+from worker.store.schema import jobs
 from worker.system.process_identity import dead_holders
 
 SHOWN_PROCESSES = 5
@@ -82,9 +84,9 @@ def copy_database(
 ) -> CopyReport:
     """Migrate the target, and copy the rows of all tables into it. Continue an interrupted copy of the same source.
 
-    Claims are released in the copy. With `force`, worker processes may be alive. `show_progress` is called with the
-    number of rows copied so far. Raises CopyRefused if the source or the target can't be used, and the translated
-    errors of both databases.
+    Claims are released in the copy, and its audit trail gets a row at the end. With `force`, worker processes may be
+    alive. `show_progress` is called with the number of rows copied so far. Raises CopyRefused if the source or the
+    target can't be used, and the translated errors of both databases.
     """
     with _writing_errors(target):
         migrate(target)
@@ -97,7 +99,12 @@ def copy_database(
         report = CopyReport(_compare(source, target, copied))
         if not report.different:
             with target.begin() as connection:
-                copying.record_end(connection, now=database_now(connection))
+                now = database_now(connection)
+                copying.record_end(connection, now=now)
+                copied_jobs = next(table.target for table in report.tables if table.table == jobs.name)
+                record_action(
+                    connection, "copy-database", f"{SOURCE}={shown_url(source.url)}", jobs=copied_jobs, now=now
+                )
     return report
 
 
