@@ -14,6 +14,7 @@ from worker.store.counters import WEBHOOKS, Tally
 from worker.store.jobs import outputs_of
 from worker.store.schema import events, jobs
 from worker.store.transitions import NO_CLAIM
+from worker.store.url_host import is_at_host
 
 OUTPUT_FIELDS = ("id", "position", "location", "sha256", "media_type", "size_bytes")
 
@@ -240,6 +241,15 @@ class UndeliveredEvents:
     waiting: int
     given_up: int
     message: str | None
+
+
+def jobs_with_refused_events(connection: Connection, receiver: str) -> list[int]:
+    """Return the jobs with an event that this receiver refused, oldest job first: given up, or tried again later."""
+    is_refused = or_(events.c.status == "failed", events.c.error_message.is_not(None))
+    query = select(events.c.job_id).where(
+        events.c.status != "delivered", is_refused, is_at_host(events.c.url, receiver)
+    )
+    return list(connection.execute(query.distinct().order_by(events.c.job_id)).scalars())
 
 
 def undelivered_events(connection: Connection, *, since: datetime) -> UndeliveredEvents:
