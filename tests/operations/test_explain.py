@@ -524,5 +524,16 @@ def test_why_reports_a_claim_that_is_older_than_any_request(database: Engine, sh
 
     document, _ = show(job_id)
 
-    expected = f"{ELSEWHERE} claimed it 90. s ago, longer than any request takes: `resume` polls it at once"
-    assert re.fullmatch(expected, document["why"]), document["why"]
+    claimed = f"claimed by {ELSEWHERE}, which is not on this host, for 15 min; its lease ends in .*"
+    advice = f"fetch-worker resume {job_id}: no work takes this long, so the process must be dead"
+    assert re.fullmatch(f"{claimed}; {advice}", document["why"]), document["why"]
+
+
+def test_why_and_the_last_line_give_the_same_cause(database: Engine, show: Show) -> None:
+    with database.begin() as connection:
+        job_id = planted.add_waiting_job(connection, "1")
+
+    document, text = show(job_id)
+
+    assert re.fullmatch(r"due for 1.* s: no worker polls.*|due for 1\.. min: no worker polls.*", document["why"])
+    assert "start a `worker` process: no worker polls" in text

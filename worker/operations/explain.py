@@ -14,8 +14,7 @@ from worker.core.lifecycle import FINAL_STATES
 from worker.core.redaction.masking import mask_personal_data
 from worker.operations.job_context import Finding, JobContext, ReadyEstimate
 from worker.operations.output_findings import on_done_findings, output_finding, promise_findings, webhook_findings
-from worker.operations.request_findings import request_findings
-from worker.store.holds import work_limits
+from worker.operations.request_findings import late_cause, request_claim, request_findings
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,18 +153,12 @@ def _why_waiting(context: JobContext) -> str:
     last_answer = f"; last answer: {mask_personal_data(kept_answers[0].note)}" if kept_answers else ""
     late = context.seconds_since(job.due_at)
     if job.claim_token is not None:
-        age = None if job.asked_at is None else context.seconds_since(job.asked_at)
-        if late > 0:
-            reason = f"{job.claim_holder} claimed it and its lease has ended: no worker has claimed it since"
-        elif age is not None and age > work_limits(context.settings).poll_max.total_seconds():
-            too_long = "longer than any request takes: `resume` polls it at once"
-            reason = f"{job.claim_holder} claimed it {age:.0f} s ago, {too_long}"
-        else:
-            reason = f"it is being polled by {job.claim_holder}"
+        claim = request_claim(context)
+        reason = f"claimed {claim.detail}; {(claim.advice or '').removeprefix('nothing: ')}"
     elif late >= 0:
-        reason = f"due for {late:.0f} s: no worker has polled it yet, or the rate limit is used up"
+        reason = f"due for {format_duration(late)}: {late_cause(context)}"
     else:
-        reason = f"waiting for its next poll in {-late:.0f} s"
+        reason = f"waiting for its next poll in {format_duration(-late)}"
         if context.settings.poll_policy == "learned" and context.estimate is not None:
             reason += f"; {_describe(context.estimate)}"
     return reason + last_answer

@@ -14,6 +14,7 @@ from worker.core.redaction.masking import mask_personal_data
 from worker.operations.job_context import MAX_JOBS_AHEAD, Finding, JobContext
 from worker.operations.lost_work import OVER_SECONDS
 from worker.operations.remedies import for_hold, for_missing_key
+from worker.operations.snapshot import NO_WORKER
 from worker.store.holds import work_limits
 from worker.store.reports.work_state import HEALTHY_SECONDS, NO_KEY
 from worker.system.process_identity import liveness
@@ -30,7 +31,7 @@ def request_findings(context: JobContext, peek: BudgetStatus | None) -> Iterator
         yield Finding("hold", BY_OPERATOR, f"for {held_for}", f"fetch-worker resume {context.job.id}")
     yield _account(context)
     yield _host(context)
-    yield _claim(context)
+    yield request_claim(context)
     yield _rate_limit(context, peek)
     yield _queue(context)
     yield _poll(context)
@@ -88,7 +89,8 @@ def _held(context: JobContext, breaker: CircuitBreaker, subject: str) -> Finding
     )
 
 
-def _claim(context: JobContext) -> Finding:
+def request_claim(context: JobContext) -> Finding:
+    """Return the finding about the claim on the job for its next request."""
     job = context.job
     if job.claim_token is None:
         return Finding("claim", "free", "no process has claimed it")
@@ -167,17 +169,24 @@ def _poll(context: JobContext) -> Finding:
     return Finding("poll", "due", f"for {format_duration(late)}", _late_advice(context, late))
 
 
-def _late_advice(context: JobContext, late: float) -> str:
-    if late > HEALTHY_SECONDS and not context.work.workers_poll:
-        return f"{START_WORKER}: no process polls"
+def late_cause(context: JobContext) -> str:
+    """Return why a due job that is not held was not polled yet."""
+    is_late = context.seconds_since(context.job.due_at) > HEALTHY_SECONDS
+    if is_late and not context.work.workers_poll:
+        return NO_WORKER
     if context.jobs_ahead:
-        return (
-            f"nothing: {_jobs_ahead(context)} are ahead of it; "
-            "to go faster, raise SD_API_RPS if the API allows it, or give the job a higher priority"
-        )
-    if late > HEALTHY_SECONDS:
-        return "run fetch-worker doctor: other jobs are polled, and this one is not"
-    return "nothing: it is polled next"
+        return f"{_jobs_ahead(context)} are ahead of it"
+    return "other jobs are polled, and this one is not" if is_late else "it is polled next"
+
+
+def _late_advice(context: JobContext, late: float) -> str:
+    cause = late_cause(context)
+    if cause == NO_WORKER:
+        return f"{START_WORKER}: {cause}"
+    if context.jobs_ahead:
+        faster = "to go faster, raise SD_API_RPS if the API allows it, or give the job a higher priority"
+        return f"nothing: {cause}; {faster}"
+    return f"run fetch-worker doctor: {cause}" if late > HEALTHY_SECONDS else f"nothing: {cause}"
 
 
 def _curve(context: JobContext) -> Finding:
