@@ -40,7 +40,7 @@ DATABASE_AWAY_SECONDS = 1.0
 DATABASE_ERRORS = (SQLAlchemyError, Unavailable)
 PRUNE_SECONDS = 300.0  # the next run continues: a prune must not occupy a place of the pool for long
 SAMPLE_AGAIN = timedelta(seconds=10)
-HOUSEKEEPING_SECONDS = 10.0  # invalid rows are rare, and late looks come an hour after a deadline
+HOUSEKEEPING_SECONDS = 20.0  # invalid rows are rare, and late looks come an hour after a deadline
 TAKEN_WITHIN = timedelta(seconds=5)  # a message that left its queue is claimed within this time, or was lost
 
 _pruning = threading.Lock()

@@ -123,9 +123,10 @@ def _overlong(connection: Connection, now: datetime) -> bool:
         .where(table.c.claim_holder.is_not(None), table.c.due_at > now + LONGEST_CLAIM)
         .order_by(table.c.claim_holder)  # uses the index, which contains only claimed rows
         .limit(1)
+        .scalar_subquery()
         for table in (jobs, outputs, events)
     ]
-    return any(connection.execute(query).first() for query in claims)
+    return any(claim is not None for claim in connection.execute(select(*claims)).one())
 
 
 def _release_overlong(connection: Connection, now: datetime) -> int:
