@@ -9,7 +9,6 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, Row
 
-from worker.admin.recent_counts import RecentCounts
 from worker.coordination.rate_limiter import RateLimiter
 from worker.core.answer_history import AnswerNote, parse_history
 from worker.core.circuit_breaker import CircuitBreaker
@@ -26,6 +25,7 @@ from worker.store.events import events_of
 from worker.store.jobs import job_row, outputs_of
 from worker.store.outputs import output_row
 from worker.store.reports.history import answered_lately
+from worker.store.reports.recent_counts import RecentCounts
 from worker.store.reports.work_state import WorkState, read_work_state
 
 OUTPUTS_SHOWN = 200

@@ -11,6 +11,7 @@ import click
 from worker.errors import SettingsError, Unavailable
 from worker.settings import Settings, load
 from worker.store.engine import engine_for
+from worker.store.reports.recent_counts import RecentCounts
 
 FROM_SETTINGS = "-"
 PORTS = range(65_536)
@@ -28,7 +29,8 @@ def metrics(listen: str | None) -> int:
     except ImportError as error:
         raise SettingsError(f"metrics need {error.name}: pip install 'fetch-worker[metrics]'") from None
     engine = engine_for(settings.database)
-    shared = figures.SharedFigures(lambda: figures.read_figures(engine, settings))
+    counts = RecentCounts()
+    shared = figures.SharedFigures(lambda: figures.read_figures(engine, settings, counts.not_pending))
     registry = definitions.registry(shared.get)
     logging.basicConfig(format="fetch-worker: %(message)s", level=logging.WARNING, stream=sys.stderr)
     if listen is None:

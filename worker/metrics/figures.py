@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker.errors import SchemaOutdated, WorkerError
@@ -17,6 +17,7 @@ from worker.settings import Settings
 from worker.store.counters import KINDS_MOST, OTHER, Total, read_counters
 from worker.store.engine import SCHEMA_VERSION, SNAPSHOT, error_name, schema_version, translate_errors
 from worker.store.events import PendingEvents, count_overdue_events, count_pending_events
+from worker.store.jobs import count_not_pending
 from worker.store.outputs import count_claims, count_expired_claims
 from worker.store.reports.stats import Stats, count_unfinished, read_stats, waiting_by_kind
 from worker.store.reports.work_state import HEALTHY_SECONDS, WorkState
@@ -44,8 +45,13 @@ class Figures:
     troubles: Sequence[Trouble]
 
 
-def read_figures(engine: Engine, settings: Settings) -> Figures:
-    """Read the figures. Raises SchemaOutdated if the tables have an older version, and Unavailable."""
+def read_figures(
+    engine: Engine, settings: Settings, count_others: Callable[[Connection], Mapping[str, int]] = count_not_pending
+) -> Figures:
+    """Read the figures. `count_others` returns the numbers of jobs in all states but `pending`.
+
+    Raises SchemaOutdated if the tables have an older version, and Unavailable.
+    """
     snapshots = engine.execution_options(
         **{SNAPSHOT: True}
     )  # else a job that changes meanwhile is counted twice or not at all
@@ -59,7 +65,7 @@ def read_figures(engine: Engine, settings: Settings) -> Figures:
         counters = read_counters(connection)
         return Figures(
             schema=schema,
-            stats=read_stats(connection, waiting, work),
+            stats=read_stats(connection, waiting, work, count_others),
             unfinished=limit_kinds(
                 count_unfinished(connection, waiting), {total.key.kind for total in counters} - {""}
             ),

@@ -4,7 +4,7 @@ Jobs that an operator holds are counted as a separate state, `held`.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -13,6 +13,7 @@ from sqlalchemy import ColumnElement, Connection, case, func, literal, select
 from worker.core.circuit_breaker import Scope, hold_class
 from worker.core.lifecycle import JOB_STATES
 from worker.store.counters import OTHER
+from worker.store.jobs import count_not_pending
 from worker.store.outputs import UnstoredGroup, unstored_by_code
 from worker.store.reports.work_state import WorkState
 from worker.store.schema import IS_HELD, jobs
@@ -130,8 +131,16 @@ def count_unfinished(connection: Connection, waiting: Iterable[WaitingCount]) ->
     return counts
 
 
-def read_stats(connection: Connection, waiting: Sequence[WaitingCount], work: WorkState) -> Stats:
-    """Return the statistics. `waiting` comes from `waiting_by_account` or `waiting_by_kind`."""
+def read_stats(
+    connection: Connection,
+    waiting: Sequence[WaitingCount],
+    work: WorkState,
+    count_others: Callable[[Connection], Mapping[str, int]] = count_not_pending,
+) -> Stats:
+    """Return the statistics. `waiting` comes from `waiting_by_account` or `waiting_by_kind`.
+
+    `count_others` returns the numbers of jobs in all states but `pending`.
+    """
     due: Counter[str] = Counter()
     for entry in waiting:
         due[entry.account] += entry.due
@@ -152,7 +161,7 @@ def read_stats(connection: Connection, waiting: Sequence[WaitingCount], work: Wo
     ]
     return Stats(
         now=work.now,
-        jobs=_jobs(connection, waiting),
+        jobs=_jobs(connection, waiting, count_others(connection)),
         accounts=accounts,
         holds=_holds(work),
         oldest_due=work.oldest_due_seconds,
@@ -178,9 +187,7 @@ def _count(condition: ColumnElement[bool]) -> ColumnElement[int]:
     return func.count(case((condition, 1)))
 
 
-def _jobs(connection: Connection, waiting: Sequence[WaitingCount]) -> dict[str, int]:
-    not_pending = select(jobs.c.status, func.count()).where(jobs.c.status != "pending").group_by(jobs.c.status)
-    counts = {row[0]: int(row[1]) for row in connection.execute(not_pending)}
+def _jobs(connection: Connection, waiting: Sequence[WaitingCount], others: Mapping[str, int]) -> dict[str, int]:
     renewing, paused = connection.execute(
         select(func.count(), _count(IS_HELD)).where(jobs.c.status == "downloading", jobs.c.due_at.is_not(None))
     ).one()
@@ -188,4 +195,4 @@ def _jobs(connection: Connection, waiting: Sequence[WaitingCount]) -> dict[str, 
         0, sum(entry.held for entry in waiting) - paused
     )  # without a snapshot, a job may change its state between the queries
     pending = max(0, sum(entry.count for entry in waiting) - renewing - held_count)
-    return dict.fromkeys(STATES, 0) | counts | {"pending": pending, HELD: held_count}
+    return dict.fromkeys(STATES, 0) | dict(others) | {"pending": pending, HELD: held_count}

@@ -6,8 +6,8 @@ import pytest
 from sqlalchemy import Engine, event
 
 from tests.rows import NOW, add_job
-from worker.admin import recent_counts
-from worker.admin.recent_counts import RecentCounts
+from worker.store.reports import recent_counts
+from worker.store.reports.recent_counts import RecentCounts
 
 FAILED = {"status": "failed", "due_at": None, "completed_at": NOW, "error_code": "api_failed"}
 

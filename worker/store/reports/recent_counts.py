@@ -1,4 +1,4 @@
-"""The numbers of jobs by state, for a page that loads itself again all the time."""
+"""The numbers of jobs by state, for a page or a scrape that asks for them all the time."""
 
 import time
 from collections.abc import Callable
@@ -24,7 +24,11 @@ class RecentCounts:
 
     def __call__(self, connection: Connection) -> dict[str, int]:
         """Return the number of jobs in each state that has jobs."""
-        return self._recent(count_not_pending, connection) | self._recent(_pending, connection)
+        return self.not_pending(connection) | self._recent(_pending, connection)
+
+    def not_pending(self, connection: Connection) -> dict[str, int]:
+        """Return the number of jobs in each state that has jobs, without pending jobs."""
+        return self._recent(count_not_pending, connection)
 
     def _recent(self, count: Callable[[Connection], dict[str, int]], connection: Connection) -> dict[str, int]:
         counts, counted_at = self._last.get(count, ({}, 0.0))
