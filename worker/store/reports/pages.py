@@ -72,7 +72,7 @@ def jobs_page(
         rows_by_id = {row.id: row for rows in rows_by_filter for row in rows}
         return _page(sorted(rows_by_id.values(), key=lambda row: -row.id)[: limit + 1], limit)
     prepared = prepare_search(connection, job_filter)
-    if replace(job_filter, statuses=()) == JobFilter():
+    if prepared.ids is not None or replace(job_filter, statuses=()) == JobFilter():
         return _page(find_jobs(connection, prepared, limit=limit + 1, after=before), limit)
 
     def search_window(low: int, high: int, window_limit: int) -> Sequence[Row[Any]]:

@@ -1,18 +1,20 @@
 """Search jobs by the filters of operators, newest first, with queries that can use indexes.
 
 Some properties are rare: a remote id, a reference, a claim, being late, being held. Jobs with a rare property are
-looked up first by its index, and their ids become the condition. So the query does not depend on the planner's
-statistics, which are often wrong for rows that change all the time. If more than a few thousand jobs have the property,
-a scan from the newest job finds them soon enough.
+looked up first by its index, and only these ids are searched, some hundred in a query. So the query does not depend on
+the planner's statistics, which are often wrong for rows that change all the time. If more than a few thousand jobs have
+the property, a scan from the newest job finds them soon enough.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from itertools import product
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, false, func, or_, select, true, union_all
+from sqlalchemy import ColumnElement, Connection, Row, and_, func, or_, select, true, union_all
 
+from worker.core.circuit_breaker import Scope
 from worker.core.lifecycle import FINAL_STATES, JOB_STATES
 from worker.store.breakers import all_breakers
 from worker.store.due_groups import DueGroup, due_groups, in_due_group
@@ -21,7 +23,8 @@ from worker.store.jobs import OUT_OF_ORDER, first_tracked, waiting_accounts
 from worker.store.schema import IS_HELD, MYSQL_FAMILY, jobs, outputs, waiting_account
 from worker.store.sql_functions import HAS_DUE_TIME
 
-FEW = 5_000  # the largest number of ids in a condition; if there are more, they are not looked up
+FEW = 5_000  # the largest number of ids that are looked up
+CHUNK = 500  # ids in a query: the time to prepare a statement grows with them
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +85,28 @@ class JobFilter:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """A prepared filter. Each alternative selects some of the jobs by an index; together they select all of them."""
+    """A prepared filter. Each alternative selects some of the jobs by an index; together they select all of them.
+
+    `ids` are the jobs with all rare properties of the filter, newest first, or `None` if they are not known.
+    """
 
     alternatives: tuple[tuple[ColumnElement[bool], ...], ...]
+    ids: tuple[int, ...] | None = None
 
 
 def prepare_search(connection: Connection, job_filter: JobFilter) -> Search:
     """Prepare a filter: fix its times, and look up the jobs with rare properties."""
     now = database_now(connection)
+    id_sets = [ids for ids in _rare_ids(connection, job_filter, now) if ids is not None]
+    ids = tuple(sorted(set.intersection(*id_sets), reverse=True)) if id_sets else None
     common = [
         *_equal_conditions(job_filter),
         *_time_conditions(connection, job_filter),
-        *_state_conditions(job_filter, now),
-        *_rare_conditions(connection, job_filter, now),
+        *_state_conditions(connection, job_filter, now),
     ]
     if job_filter.states == _implied_states(job_filter):
-        return Search((tuple(common),))
-    return Search(tuple((*_in_state(state), *common) for state in JOB_STATES if state in job_filter.states))
+        return Search((tuple(common),), ids)
+    return Search(tuple((*_in_state(state), *common) for state in JOB_STATES if state in job_filter.states), ids)
 
 
 def _implied_states(job_filter: JobFilter) -> frozenset[str]:
@@ -116,10 +124,29 @@ def find_jobs(
     columns: Sequence[ColumnElement[Any]] = tuple(jobs.c),
 ) -> Sequence[Row[Any]]:
     """Return up to `limit` matching jobs, newest first. With `after`, only jobs with lower ids."""
-    next_page = () if after is None else (jobs.c.id < after,)
+    search = _prepared(connection, job_filter)
+    if search.ids is None:
+        return _newest(connection, search, () if after is None else (jobs.c.id < after,), limit, columns)
+    ids = [job_id for job_id in search.ids if after is None or job_id < after]
+    rows: list[Row[Any]] = []
+    for start in range(0, len(ids), CHUNK):
+        chunk = jobs.c.id.in_(ids[start : start + CHUNK])
+        rows += _newest(connection, search, (chunk,), limit - len(rows), columns)
+        if len(rows) >= limit:
+            break
+    return rows
+
+
+def _newest(
+    connection: Connection,
+    search: Search,
+    conditions: Sequence[ColumnElement[bool]],
+    limit: int,
+    columns: Sequence[ColumnElement[Any]],
+) -> Sequence[Row[Any]]:
     queries = [
-        select(*columns).where(*alternative, *next_page).order_by(jobs.c.id.desc()).limit(limit)
-        for alternative in _prepared(connection, job_filter).alternatives
+        select(*columns).where(*alternative, *conditions).order_by(jobs.c.id.desc()).limit(limit)
+        for alternative in search.alternatives
     ]
     if not queries:
         return []
@@ -138,9 +165,11 @@ def find_job_ids(
 
 def count_matching(connection: Connection, job_filter: JobFilter | Search, *, limit: int | None = None) -> int:
     """Count the matching jobs, up to `limit` if it is given."""
-    count = 0
-    for alternative in _prepared(connection, job_filter).alternatives:
-        query = select(jobs.c.id).where(*alternative)
+    search, count = _prepared(connection, job_filter), 0
+    ids = search.ids
+    chunks = [()] if ids is None else [(jobs.c.id.in_(ids[at : at + CHUNK]),) for at in range(0, len(ids), CHUNK)]
+    for alternative, chunk in product(search.alternatives, chunks):
+        query = select(jobs.c.id).where(*alternative, *chunk)
         if limit is not None:
             query = query.limit(limit - count)
         count += connection.execute(select(func.count()).select_from(query.subquery())).scalar_one()
@@ -154,7 +183,8 @@ def lock_matching(connection: Connection, search: Search, ids: Iterable[int]) ->
     if not search.alternatives:
         return []
     any_match = or_(*(and_(*conditions) for conditions in search.alternatives)) if all(search.alternatives) else true()
-    query = select(jobs.c.id).where(jobs.c.id.in_(list(ids)), any_match).order_by(jobs.c.id).with_for_update()
+    matching_ids = list(ids) if search.ids is None else sorted(set(search.ids).intersection(ids))
+    query = select(jobs.c.id).where(jobs.c.id.in_(matching_ids), any_match).order_by(jobs.c.id).with_for_update()
     return list(connection.execute(query).scalars())
 
 
@@ -207,7 +237,7 @@ def _time_conditions(connection: Connection, job_filter: JobFilter) -> list[Colu
     return conditions
 
 
-def _state_conditions(job_filter: JobFilter, now: datetime) -> list[ColumnElement[bool]]:
+def _state_conditions(connection: Connection, job_filter: JobFilter, now: datetime) -> list[ColumnElement[bool]]:
     conditions: list[ColumnElement[bool]] = []
     if job_filter.late is not None:
         conditions += [*_is_late(job_filter.late, now)]
@@ -215,6 +245,8 @@ def _state_conditions(job_filter: JobFilter, now: datetime) -> list[ColumnElemen
         conditions += [*_is_stuck(now)]
     if job_filter.past_deadline:
         conditions.append(jobs.c.deadline_at < now)
+    if job_filter.held:
+        conditions.append(_is_held(_held_keys(connection, now)))
     if job_filter.by_hand is not None:
         conditions.append(jobs.c.held_at.is_not(None) if job_filter.by_hand else jobs.c.held_at.is_(None))
     return conditions
@@ -238,61 +270,51 @@ def _seconds_before(now: datetime, seconds: float) -> datetime:
 # ── rare properties ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _rare_conditions(connection: Connection, job_filter: JobFilter, now: datetime) -> list[ColumnElement[bool]]:
-    """Return conditions on the ids of the jobs with rare properties, as far as there are few enough of them."""
-    conditions: list[ColumnElement[bool]] = []
-    if job_filter.remote_ids:
-        conditions += _id_condition(
-            connection, jobs.c.remote_id, [(jobs.c.remote_id == value,) for value in job_filter.remote_ids]
-        )
-    if job_filter.references:
-        conditions += _id_condition(
-            connection, jobs.c.reference, [(jobs.c.reference == value,) for value in job_filter.references]
-        )
-    if job_filter.holders:
-        conditions += _id_condition(
-            connection, jobs.c.claim_holder, [(jobs.c.claim_holder == value,) for value in job_filter.holders]
-        )
+def _rare_ids(connection: Connection, job_filter: JobFilter, now: datetime) -> Iterator[set[int] | None]:
+    """Yield the ids of the jobs with each rare property, or `None` if there are too many of them."""
+    for column, values in (
+        (jobs.c.remote_id, job_filter.remote_ids),
+        (jobs.c.reference, job_filter.references),
+        (jobs.c.claim_holder, job_filter.holders),
+    ):
+        if values:
+            yield _ids_of(connection, column, [(column == value,) for value in values])
     if job_filter.stuck:
-        conditions += _id_condition(connection, jobs.c.claim_holder, [_is_stuck(now)])
-    if job_filter.late is not None or job_filter.past_deadline or job_filter.held or job_filter.by_hand:
-        groups = due_groups(connection, job_filter.accounts or waiting_accounts(connection))
-        if job_filter.past_deadline:
-            past_deadline = [(*_in_due_group_indexed(connection, group), jobs.c.deadline_at < now) for group in groups]
-            conditions += _id_condition(connection, jobs.c.due_at, past_deadline)
-        if job_filter.late is not None:
-            late = _is_late(job_filter.late, now)
-            late_jobs = [
-                (*in_due_group(group), *late)
-                for group in groups
-                if group.due_at < _seconds_before(now, job_filter.late)
-            ]
-            conditions += _id_condition(connection, jobs.c.due_at, late_jobs)
-        if job_filter.by_hand:
-            conditions += _id_condition(
-                connection, jobs.c.due_at, [(*in_due_group(group), IS_HELD) for group in groups]
-            )
-        if job_filter.held:
-            conditions += _held_conditions(connection, groups, now)
-    return conditions
+        yield _ids_of(connection, jobs.c.claim_holder, [_is_stuck(now)])
+    if job_filter.late is None and not (job_filter.past_deadline or job_filter.held or job_filter.by_hand):
+        return
+    groups = due_groups(connection, job_filter.accounts or waiting_accounts(connection))
+    if job_filter.past_deadline:
+        past_deadline = [(*_in_due_group_indexed(connection, group), jobs.c.deadline_at < now) for group in groups]
+        yield _ids_of(connection, jobs.c.due_at, past_deadline)
+    if job_filter.late is not None:
+        late, late_before = _is_late(job_filter.late, now), _seconds_before(now, job_filter.late)
+        late_jobs = [(*in_due_group(group), *late) for group in groups if group.due_at < late_before]
+        yield _ids_of(connection, jobs.c.due_at, late_jobs)
+    if job_filter.by_hand:
+        yield _ids_of(connection, jobs.c.due_at, [(*in_due_group(group), IS_HELD) for group in groups])
+    if job_filter.held:
+        held_keys = _held_keys(connection, now)
+        held_jobs = [
+            in_due_group(group)
+            if ("account", group.account) in held_keys or ("host", group.host) in held_keys
+            else (*in_due_group(group), IS_HELD)
+            for group in groups
+        ]
+        yield _ids_of(connection, jobs.c.due_at, held_jobs)
 
 
-def _held_conditions(connection: Connection, groups: Sequence[DueGroup], now: datetime) -> list[ColumnElement[bool]]:
-    held_keys = {key for key, breaker in all_breakers(connection).items() if breaker.held(now)}
-    alternatives = [
-        in_due_group(group)
-        if ("account", group.account) in held_keys or ("host", group.host) in held_keys
-        else (*in_due_group(group), IS_HELD)
-        for group in groups
-    ]
-    conditions = _id_condition(connection, jobs.c.due_at, alternatives)
+def _held_keys(connection: Connection, now: datetime) -> set[tuple[Scope, str]]:
+    return {key for key, breaker in all_breakers(connection).items() if breaker.held(now)}
+
+
+def _is_held(held_keys: Iterable[tuple[Scope, str]]) -> ColumnElement[bool]:
     held_names = {scope: [name for kind, name in sorted(held_keys) if kind == scope] for scope in ("account", "host")}
-    is_held = or_(
+    return or_(
         jobs.c.held_at.is_not(None),
         jobs.c.account.in_(held_names["account"]),
         jobs.c.fetch_host.in_(held_names["host"]),
     )
-    return [is_held, *conditions]
 
 
 def _in_due_group_indexed(connection: Connection, group: DueGroup) -> tuple[ColumnElement[bool], ...]:
@@ -306,10 +328,10 @@ def _in_due_group_indexed(connection: Connection, group: DueGroup) -> tuple[Colu
     )
 
 
-def _id_condition(
+def _ids_of(
     connection: Connection, index_order: ColumnElement[Any], alternatives: Iterable[tuple[ColumnElement[bool], ...]]
-) -> list[ColumnElement[bool]]:
-    """Return a condition on the ids that any of the alternatives finds, or none if there are too many.
+) -> set[int] | None:
+    """Return the ids of the jobs that any of the alternatives finds, or `None` if there are too many.
 
     `index_order` is the column that orders the index to use.
     """
@@ -318,5 +340,5 @@ def _id_condition(
         query = select(jobs.c.id).where(*conditions).order_by(index_order).limit(FEW + 1 - len(ids))
         ids.update(connection.execute(query).scalars())
         if len(ids) > FEW:
-            return []
-    return [jobs.c.id.in_(sorted(ids)) if ids else false()]
+            return None
+    return ids
