@@ -6,6 +6,7 @@ import pytest
 from sqlalchemy import Engine, event
 
 from tests.rows import NOW, add_job
+from worker.store.engine import database_now
 from worker.store.reports import recent_counts
 from worker.store.reports.recent_counts import RecentCounts
 
@@ -82,3 +83,23 @@ def test_given_many_pending_jobs_then_they_are_counted_only_now_and_then_and_few
 
     assert soon == {"failed": 1, "pending": 2}
     assert later == {"failed": 1, "pending": 3}
+
+
+def test_given_many_waiting_jobs_then_they_are_counted_again_after_half_a_minute(
+    engine: Engine, add: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recent_counts, "MANY", 2)
+    moment = 100.0
+    counts = RecentCounts(lambda: moment)
+
+    def waiting() -> int:
+        with engine.connect() as connection:
+            return sum(entry.count for entry in counts.waiting(connection, now=database_now(connection)))
+
+    numbers = []
+    for number in range(3):
+        add(f"w{number}")
+        numbers.append(waiting())
+    moment += 31
+
+    assert (numbers, waiting()) == ([1, 2, 2], 3)

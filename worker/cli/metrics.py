@@ -30,7 +30,7 @@ def metrics(listen: str | None) -> int:
         raise SettingsError(f"metrics need {error.name}: pip install 'fetch-worker[metrics]'") from None
     engine = engine_for(settings.database)
     counts = RecentCounts()
-    shared = figures.SharedFigures(lambda: figures.read_figures(engine, settings, counts.not_pending))
+    shared = figures.SharedFigures(lambda: figures.read_figures(engine, settings, counts))
     registry = definitions.registry(shared.get)
     logging.basicConfig(format="fetch-worker: %(message)s", level=logging.WARNING, stream=sys.stderr)
     if listen is None:

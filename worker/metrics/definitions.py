@@ -63,8 +63,8 @@ METRICS = (
         "When a job was last polled; missing if none ever was."),
     Definition(GAUGE, "jobs", ("status",),
         "Jobs in the table by status. Jobs held by an operator are `held`, not `pending`. Final jobs decrease when "
-        "rows are pruned; see fetch_worker_jobs_finished_total. Above 100,000 jobs, the numbers of those that are not "
-        "pending are at most half a minute old."),
+        "rows are pruned; see fetch_worker_jobs_finished_total. Numbers of more than 100,000 jobs are "
+        "at most half a minute old, also in the other metrics."),
     Definition(GAUGE, "jobs_unfinished", ("account", "kind", "status"),
         "Jobs that are pending, held by an operator or downloading. Above 100,000 jobs their kind is other."),
     Definition(GAUGE, "jobs_due", ("account",),

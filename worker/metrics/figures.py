@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker.errors import SchemaOutdated, WorkerError
@@ -17,9 +17,9 @@ from worker.settings import Settings
 from worker.store.counters import KINDS_MOST, OTHER, Total, read_counters
 from worker.store.engine import SCHEMA_VERSION, SNAPSHOT, error_name, schema_version, translate_errors
 from worker.store.events import PendingEvents, count_overdue_events, count_pending_events
-from worker.store.jobs import count_not_pending
 from worker.store.outputs import count_claims, count_expired_claims
-from worker.store.reports.stats import Stats, count_unfinished, read_stats, waiting_by_kind
+from worker.store.reports.recent_counts import RecentCounts
+from worker.store.reports.stats import Stats, count_unfinished, read_stats
 from worker.store.reports.work_state import HEALTHY_SECONDS, WorkState
 
 log = logging.getLogger(__name__)
@@ -45,13 +45,12 @@ class Figures:
     troubles: Sequence[Trouble]
 
 
-def read_figures(
-    engine: Engine, settings: Settings, count_others: Callable[[Connection], Mapping[str, int]] = count_not_pending
-) -> Figures:
-    """Read the figures. `count_others` returns the numbers of jobs in all states but `pending`.
+def read_figures(engine: Engine, settings: Settings, counts: RecentCounts | None = None) -> Figures:
+    """Read the figures. With `counts` from the last scrape, many jobs are not counted each time.
 
     Raises SchemaOutdated if the tables have an older version, and Unavailable.
     """
+    counts = counts or RecentCounts()
     snapshots = engine.execution_options(
         **{SNAPSHOT: True}
     )  # else a job that changes meanwhile is counted twice or not at all
@@ -61,11 +60,11 @@ def read_figures(
             raise SchemaOutdated(f"the schema is {schema}, {SCHEMA_VERSION} is needed: run `fetch-worker migrate`")
         evidence = read_evidence(connection, settings)
         work, now = evidence.work, evidence.work.now
-        waiting = waiting_by_kind(connection, now=now)
+        waiting = counts.waiting(connection, now=now)
         counters = read_counters(connection)
         return Figures(
             schema=schema,
-            stats=read_stats(connection, waiting, work, count_others),
+            stats=read_stats(connection, waiting, work, counts.not_pending),
             unfinished=limit_kinds(
                 count_unfinished(connection, waiting), {total.key.kind for total in counters} - {""}
             ),

@@ -1,11 +1,13 @@
 """The numbers of jobs by state, for a page or a scrape that asks for them all the time."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import datetime
 
 from sqlalchemy import Connection
 
 from worker.store.jobs import count_not_pending, count_pending
+from worker.store.reports.stats import WaitingCount, waiting_by_kind
 
 MANY = 100_000  # jobs
 RECENT_SECONDS = 30.0
@@ -20,6 +22,7 @@ class RecentCounts:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._waiting: tuple[Sequence[WaitingCount], float] = ((), 0.0)
         self._last: dict[Callable[[Connection], dict[str, int]], tuple[dict[str, int], float]] = {}
 
     def __call__(self, connection: Connection) -> dict[str, int]:
@@ -29,6 +32,14 @@ class RecentCounts:
     def not_pending(self, connection: Connection) -> dict[str, int]:
         """Return the number of jobs in each state that has jobs, without pending jobs."""
         return self._recent(count_not_pending, connection)
+
+    def waiting(self, connection: Connection, *, now: datetime) -> Sequence[WaitingCount]:
+        """Return the waiting jobs by account and kind."""
+        counts, counted_at = self._waiting
+        if sum(entry.count for entry in counts) < MANY or self._clock() - counted_at > RECENT_SECONDS:
+            counts = waiting_by_kind(connection, now=now)
+            self._waiting = counts, self._clock()
+        return counts
 
     def _recent(self, count: Callable[[Connection], dict[str, int]], connection: Connection) -> dict[str, int]:
         counts, counted_at = self._last.get(count, ({}, 0.0))
