@@ -102,6 +102,19 @@ def test_track_reads_answers_and_ids_from_standard_input(
     assert [row["remote_id"] for row in json.loads(run("track", "-", "--json").out)] == remote_ids
 
 
+def test_track_refuses_values_that_are_no_ids(
+    configured_sqlite: Engine, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell variable that is empty, and what `jq` prints for a missing id."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'[null, 0, 1.5, {"id": null}]')))
+    result = run("track", "", "0", "null", "-", "--json")
+    assert (result.code, result.document) == (1, [])
+    assert [line.split(": ")[1] for line in result.err.splitlines()] == [
+        "'' not tracked", "'0' not tracked", "'null' not tracked",
+        "'null' not tracked", "'0' not tracked", "'1.5' not tracked", "'{\"id\"",
+    ]  # fmt: skip
+
+
 def test_track_continues_after_an_invalid_id_and_exits_1(database: Engine, run: Run) -> None:
     """Valid ids are tracked, the invalid ones are named on stderr, and stdout is still one document."""
     result = run("track", "../x", "12", "a b", "--json")

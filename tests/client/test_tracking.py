@@ -1,5 +1,6 @@
 """The Python API on real databases: accepted and refused arguments, and transactions."""
 
+import asyncio
 import copy
 import inspect
 import json
@@ -23,7 +24,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 import worker
 from tests.rows import read_job, update_job
-from worker import TrackedJob, track
+from worker import TrackedJob, aio, track
 from worker.client import pace_models
 from worker.client.connection import loaded_settings
 from worker.coordination.wakeups import WakeUps
@@ -185,7 +186,7 @@ def test_if_one_job_is_refused_none_is_tracked(database: Engine) -> None:
 
 def test_concurrent_batches_in_opposite_order_cause_no_deadlock(database: Engine) -> None:
     """All batches of the same jobs succeed, with the same ids."""
-    names = [str(number) for number in range(200)]
+    names = [str(number) for number in range(1, 201)]
     barrier = Barrier(4)
 
     def track_all(backwards: bool) -> dict[str, int]:
@@ -320,23 +321,73 @@ def test_slow_kinds_have_later_deadlines(database: Engine, kind: str, seconds: i
     assert (job.deadline_at - job.submitted_at).total_seconds() == seconds
 
 
+WHAT_TO_PASS = "pass the response of the submit call, its JSON, or the remote id"
+NO_REMOTES: list[tuple[Any, str]] = [
+    (None, f"{WHAT_TO_PASS} (text or a whole number), not None: the submit call returned nothing"),
+    ("", f"the remote id is empty: {WHAT_TO_PASS}"),
+    (" \n", f"the remote id is empty: {WHAT_TO_PASS}"),
+    (True, f"{WHAT_TO_PASS} (text or a whole number), not bool"),
+    (False, f"{WHAT_TO_PASS} (text or a whole number), not bool"),
+    (0, "'0' is not an id of the API: the submit call returned no id, or it was lost"),
+    ("0", "'0' is not an id of the API"),
+    (" 000 ", "'000' is not an id of the API"),
+    ({"status": "processing", "id": "0"}, "'0' is not an id of the API"),
+    ({"status": "processing", "id": 0}, "neither an id nor outputs"),
+    ({"status": "processing", "fetch_result": "https://modelslab.com/api/v3/fetch/0"}, "'0' is not an id of the API"),
+    ("None", "'None' is not an id of the API"),
+    ("null", "'null' is not an id of the API"),
+    ("undefined", "'undefined' is not an id of the API"),
+    ("NaN", "'NaN' is not an id of the API"),
+    ({"status": "processing", "id": "null"}, "'null' is not an id of the API"),
+    (-5, "'-5' can't be a remote id"),
+    ("-1", "'-1' can't be a remote id"),
+    ({"status": "processing", "id": -7}, "'-7' can't be a remote id"),
+    (0.0, f"{WHAT_TO_PASS} (text or a whole number), not float"),
+    (7.0, "not float"),
+    (1.5, "not float"),
+    (float("nan"), "not float"),
+    (1j, "not complex"),
+    (b"12", "not bytes: an id in bytes must be decoded"),
+    (b"", "not bytes: an id in bytes must be decoded"),
+    (bytearray(b"12"), "not bytearray: an id in bytes must be decoded"),
+    (memoryview(b"12"), "not memoryview: an answer in a memoryview must be converted to bytes"),
+    (memoryview(b'{"id": 7}'), "not memoryview: an answer in a memoryview must be converted to bytes"),
+    (UUID(int=7), "not UUID: write str() around it"),
+    (["12"], "not list: call track_many for several jobs"),
+    (("12", "13"), "call track_many for several jobs"),
+    (object(), f"{WHAT_TO_PASS} (text or a whole number), not object"),
+    (dict, "not type"),
+]
+
+
+@pytest.mark.parametrize(("remote", "reason"), NO_REMOTES, ids=range(len(NO_REMOTES)))
+def test_a_value_that_is_no_answer_and_no_id_is_refused_by_each_call(
+    remote: object, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`track` and `track_many`, also of `worker.aio`. No query is made: this database does not exist."""
+    monkeypatch.setenv("DATABASE_URL", "postgresql://127.0.0.1:1/none")
+    calls: list[Callable[[], object]] = [
+        lambda: worker.track(remote),
+        lambda: worker.track_many([remote]),
+        lambda: worker.track_many(["1", remote]),
+        lambda: asyncio.run(aio.track(remote)),
+        lambda: asyncio.run(aio.track_many([remote])),
+    ]
+    for call in calls:
+        with pytest.raises(NotTrackable) as refused:
+            call()
+        assert reason in str(refused.value)
+        assert "\n" not in str(refused.value)
+
+
 OVERLONG = "x" * 300
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
-    ("", {}, "can't be a remote id"),
     ("../../v1/enterprise/flux/clear_queue", {}, "can't be a remote id"),
     ("1/2", {}, "can't be a remote id"),
-    ("-1", {}, "can't be a remote id"),
-    (-5, {}, "can't be a remote id"),
     ("1\n", {"fetch_url": "https://modelslab.com/api/v3/fetch/1\n"}, "refused"),
     ("१२", {}, "can't be a remote id"),
     ("1" * 129, {}, "can't be a remote id"),
     (10**5_000, {}, "remote id"),
-    (True, {}, "not bool"),
-    (None, {}, "not NoneType"),
-    (1.5, {}, "not float"),
-    (b"12", {}, "not bytes"),
-    (["12"], {}, "not list: call track_many for several jobs"),
-    (("12", "13"), {}, "call track_many for several jobs"),
     ("{", {}, "not a JSON object"),
     ("{}", {}, "there is no job to track"),
     ({}, {}, "there is no job to track"),
@@ -670,7 +721,7 @@ def test_a_coroutine_that_was_not_awaited_is_refused_with_advice(database: Engin
 
 
 def test_any_iterable_of_jobs_is_taken(database: Engine) -> None:
-    assert len(worker.track_many(str(number) for number in range(3))) == 3
+    assert len(worker.track_many(str(number) for number in range(1, 4))) == 3
     assert len(worker.track_many({"7", "8"})) == 2
     assert len(worker.track_many(("9",))) == 1
 

@@ -15,6 +15,7 @@ from sqlalchemy.engine import make_url
 from tests.servers import celery_worker, free_port
 from tests.waiting import wait_until
 from worker import track
+from worker.errors import NotTrackable
 from worker.sandbox import Sandbox, SandboxOptions
 from worker.store.engine import make_engine
 from worker.store.migrate import migrate
@@ -89,6 +90,9 @@ def test_given_a_training_that_is_known_only_by_its_endpoint_when_tracked_by_tas
     ):
         sent = client.send_task("worker.track", [answer], {"endpoint": "v3/fine_tune"}, queue="fetch-worker")
         job = sent.get(timeout=60)
+        for remote, reason in {None: "not None", 0: "'0' is not an id", "null": "is not an id", -5: "'-5'"}.items():
+            with pytest.raises(NotTrackable, match=reason):
+                client.send_task("worker.track", [remote], queue="fetch-worker").get(timeout=60)
 
     with database.connect() as connection:
         row = connection.execute(select(jobs).where(jobs.c.id == job)).one()

@@ -32,7 +32,6 @@ LONGEST = "a" * 128
     [
         ("12202888", "12202888"),
         (12202888, "12202888"),
-        (0, "0"),
         (155_918_900, "155918900"),
         ("abc123-def456", "abc123-def456"),
         ("F5jvdzGnYi", "F5jvdzGnYi"),
@@ -51,6 +50,11 @@ def test_a_bare_id_is_a_submission(remote: object, remote_id: str) -> None:
     [
         "",
         " ",
+        0,
+        "0",
+        "00",
+        "None",
+        "null",
         "-1",
         -1,
         "_a",

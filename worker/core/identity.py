@@ -9,10 +9,6 @@ ACCOUNT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 REMOTE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 SYNTHETIC_ID = re.compile(r"sha256:[0-9a-f]{32}")
 READY = "ready:"  # the start of `base` for a job that was ready when it was tracked, and whose family is unknown
-_HINTS = {
-    "coroutine": ": write `await` before the call that returns it",
-    "list": ": call track_many for several jobs",
-}
 MAX_ID_BITS = 512  # more than 128 digits need; Python refuses to print much longer numbers
 
 
@@ -43,8 +39,7 @@ def checked_remote_id(value: object) -> str:
     '12202888'
     """
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        kind = type(value).__name__
-        raise NotTrackable(f"a remote id must be text or a whole number, not {kind}{_HINTS.get(kind, '')}")
+        raise NotTrackable(f"a remote id must be text or a whole number, not {type(value).__name__}")
     if isinstance(value, int) and value.bit_length() > MAX_ID_BITS:
         raise NotTrackable(f"a number of {value.bit_length()} bits can't be a remote id")
     text = value.strip() if isinstance(value, str) else f"{value:d}"

@@ -42,6 +42,16 @@ _ID_FIELDS = (
 )
 _ACCEPTED = WAITING | {"success"}  # an answer with one of these statuses is never a refusal
 _URL_FIELDS = ("fetch_result", "status_url", "fetch_url", "fetchResult")  # the vendor uses the first one
+_NOT_IDS = frozenset({"none", "null", "undefined", "nan", "true", "false"})  # what programs print for a missing id
+_HINTS = {
+    "NoneType": ": the submit call returned nothing",
+    "bytes": ": an id in bytes must be decoded",
+    "bytearray": ": an id in bytes must be decoded",
+    "memoryview": ": an answer in a memoryview must be converted to bytes",
+    "UUID": ": write str() around it",
+    "coroutine": ": write `await` before the call that returns it",
+    "list": ": call track_many for several jobs",
+}
 _REFUSALS = (AccountRefused, ApiDown, ApiError, Failed, RateLimited, UnknownId)
 
 
@@ -170,7 +180,29 @@ def submission(remote: object, status_words: Mapping[str, str] = NO_STATUS_WORDS
     Raises ApiRefused if the API refused the order, and NotTrackable if the answer does not describe a job.
     """
     answer = submit_answer(remote)
-    return Submission(checked_remote_id(remote)) if answer is None else _submission(answer, status_words)
+    return Submission(_bare_id(remote)) if answer is None else _submission(answer, status_words)
+
+
+def _bare_id(remote: object) -> str:
+    """Return an id that was passed alone. Raises NotTrackable; the message says what can be passed."""
+    if isinstance(remote, bool) or not isinstance(remote, (str, int)):
+        kind = type(remote).__name__
+        name = "None" if remote is None else kind
+        raise NotTrackable(
+            "pass the response of the submit call, its JSON, or the remote id (text or a whole number), not"
+            f" {name}{_HINTS.get(kind, '')}"
+        )
+    if isinstance(remote, str) and not remote.strip():
+        raise NotTrackable("the remote id is empty: pass the response of the submit call, its JSON, or the remote id")
+    return _api_id(remote)
+
+
+def _api_id(value: object) -> str:
+    """Return an id as text. Raises NotTrackable if the API has no such id: it is zero, or a word for a missing id."""
+    remote_id = checked_remote_id(value)
+    if not remote_id.strip("0") or remote_id.lower() in _NOT_IDS:
+        raise NotTrackable(f"{remote_id!r} is not an id of the API: the submit call returned no id, or it was lost")
+    return remote_id
 
 
 def submit_answer(remote: object) -> SubmitAnswer | None:
@@ -265,7 +297,7 @@ def _submission(answer: SubmitAnswer, status_words: Mapping[str, str], *, is_tra
     named = None if fetch_url is None else named_job(fetch_url)
     remote_id = _remote_id(fields, is_ready=bool(ready.links), is_training=is_training)
     if remote_id is None and named is not None:
-        remote_id = named.remote_id
+        remote_id = _api_id(named.remote_id)
     if remote_id is None and not ready.links:
         if answer.http_status >= 400 or word == "error":
             raise _refusal(message_of(fields) or f"HTTP {answer.http_status}", fields)
@@ -324,7 +356,7 @@ def _remote_id(fields: Mapping[str, Any], *, is_ready: bool, is_training: bool) 
             value = int(value)
         if not _is_none(value):
             try:
-                return checked_remote_id(value)
+                return _api_id(value)
             except NotTrackable:
                 if not is_ready:
                     raise
