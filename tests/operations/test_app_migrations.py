@@ -8,7 +8,8 @@ from sqlalchemy import Engine
 from worker.operations.app_migrations import check_app_migrations, other_histories
 
 ENV = "from alembic import context\ncontext.configure(connection=connection, target_metadata=metadata)\n"
-FILTERED = f"from worker.alembic import include_name\n{ENV}"
+IMPORT = "from worker.alembic import include_name\n"
+FILTERED = f"{IMPORT}{ENV}".replace(")\n", ", include_name=include_name)\n")
 
 
 @pytest.fixture
@@ -61,7 +62,37 @@ def test_given_the_filter_in_the_apps_code_then_all_is_well(app_history: Engine,
     ok, message = _check(app_history, tmp_path)
 
     assert ok
-    assert f"{tmp_path / file} uses the filter" in message
+    assert f"{tmp_path / file} passes the filter" in message
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        f"{IMPORT}{ENV}",
+        f"{IMPORT}{ENV}# context.configure(…, include_name=include_name)\n",
+        ENV.replace(")\n", ", include_name=my_own)\n"),
+        f"{FILTERED}context.configure(",
+    ],
+    ids=["imported", "in a comment", "another filter", "no valid code"],
+)
+def test_given_a_filter_that_is_not_passed_then_the_check_fails(app_history: Engine, tmp_path: Path, code: str) -> None:
+    (tmp_path / "env.py").write_text(code)
+
+    assert not _check(app_history, tmp_path)[0]
+
+
+@pytest.mark.parametrize("passed", ["Migrate(app, db, include_name=ours)", "options = {'include_name': ours}"])
+def test_given_a_filter_from_another_module_then_the_file_that_passes_it_is_named(
+    app_history: Engine, tmp_path: Path, passed: str
+) -> None:
+    (tmp_path / "env.py").write_text(ENV)
+    (tmp_path / "filters.py").write_text("from worker.alembic import include_name as ours\n")
+    (tmp_path / "app.py").write_text(f"from filters import ours\n{passed}\n")
+
+    ok, message = _check(app_history, tmp_path)
+
+    assert ok
+    assert f"{tmp_path / 'app.py'} passes the filter" in message
 
 
 def test_given_code_that_is_elsewhere_then_the_check_says_what_to_look_at_and_does_not_fail(

@@ -1,5 +1,6 @@
 """Look for another Alembic history in the same database: its autogenerate would drop our tables without our filter."""
 
+import ast
 import os
 from collections.abc import Iterator
 from itertools import islice
@@ -10,7 +11,7 @@ from sqlalchemy import Connection, inspect
 from worker.operations.liveness import Check
 from worker.store.schema import VERSION_TABLE
 
-MARK = "worker.alembic"  # what the app's code imports for the filter
+MODULE, KEYWORD = "worker.alembic", "include_name"  # what the app's code imports, and how it passes the filter
 FILES_MOST = 2_000
 FILE_BYTES_MOST = 200_000
 DEPTH_MOST = 5
@@ -25,9 +26,9 @@ def check_app_migrations(connection: Connection, folder: Path) -> Check:
         return Check("migrations", True, "no other Alembic history is in the database")
     history = f"the Alembic history {', '.join(histories)} is in the same database"
     sources = list(islice(_sources(folder), FILES_MOST))
-    marked = next((path for path, text in sources if MARK in text), None)
-    if marked is not None:
-        return Check("migrations", True, f"{history}, and {marked} uses the filter that leaves our tables alone")
+    passing = next((path for path, text in sources if _passes_a_filter(text)), None)
+    if passing is not None and any(MODULE in text for _, text in sources):
+        return Check("migrations", True, f"{history}, and {passing} passes the filter that leaves our tables alone")
     environments = [path for path, text in sources if path.name == "env.py" and "alembic" in text]
     if environments:
         message = f"{history}, and {environments[0]} does not leave our tables alone: {LINE}"
@@ -53,6 +54,21 @@ def _sources(folder: Path) -> Iterator[tuple[Path, str]]:
                 text = _text(path / name)
                 if text:
                     yield path / name, text
+
+
+def _passes_a_filter(text: str) -> bool:
+    """Return whether code passes the keyword to a call, or has it as a key of a dictionary. Comments do not count."""
+    if KEYWORD not in text:
+        return False
+    try:
+        nodes = list(ast.walk(ast.parse(text)))
+    except (SyntaxError, ValueError, RecursionError):
+        return False
+    keywords = {node.arg for node in nodes if isinstance(node, ast.keyword)}
+    keys = {
+        key.value for node in nodes if isinstance(node, ast.Dict) for key in node.keys if isinstance(key, ast.Constant)
+    }
+    return KEYWORD in keywords | keys
 
 
 def _text(path: Path) -> str:
