@@ -76,6 +76,7 @@ def test_without_settings_it_starts_redis_reports_the_missing_key_and_stops_on_a
     assert answered
     assert "no API key" in lines[0]
     assert "SD_API_KEY" in lines[0]
+    assert f"DATABASE_URL is not set: all processes use the file {tmp_path}/var/worker.db\n" in lines[1]
     assert "release   | migrated\n" in lines
     assert f"worker    | redis+socket://{tmp_path}/var/redis.sock None\n" in lines
     assert not (tmp_path / "var" / "redis.sock").exists()

@@ -99,6 +99,33 @@ def test_given_a_training_that_is_known_only_by_its_endpoint_when_tracked_by_tas
     assert (row.remote_id, row.kind) == ("F5jv", "training/F5jv")
 
 
+def test_given_no_database_url_when_a_worker_starts_then_it_names_its_file_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox, redis_url: str
+) -> None:
+    monkeypatch.setenv("REDIS_URL", redis_url)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "var").mkdir()
+    refused = start("worker")
+    assert refused.returncode == 1
+    assert refused.stderr.endswith(
+        f"run `fetch-worker migrate` (DATABASE_URL is not set, so the database is the file {tmp_path}/var/worker.db)\n"
+    )
+    file = make_engine(make_url("sqlite:///var/worker.db"))
+    migrate(file)
+    file.dispose()
+
+    with celery_worker(tmp_path, "--pool", "prefork", "--concurrency", "2"):
+        pass
+    log = (tmp_path / "worker.log").read_text()
+    assert log.count(f"DATABASE_URL is not set: this worker uses the file {tmp_path}/var/worker.db\n") == 1
+
+    monkeypatch.setenv("DATABASE_URL", "sqlite:///var/worker.db")
+    with celery_worker(tmp_path, "--pool", "prefork", "--concurrency", "2"):
+        pass
+    assert "DATABASE_URL" not in (tmp_path / "worker.log").read_text()
+
+
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
 def test_given_a_pool_of_any_kind_when_a_job_is_tracked_then_it_is_polled_and_stored(
     pool: str,

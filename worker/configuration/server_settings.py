@@ -32,6 +32,13 @@ class ServerSettings(SettingsGroup):
             self._make_folder(Path(url.database).absolute().parent)
         return url
 
+    @property
+    def default_database_file(self) -> Path | None:
+        """The database file that is used because DATABASE_URL is not set, or None if it is set."""
+        if "database_url" in self.model_fields_set or not self.database.database:
+            return None
+        return Path(self.database.database).absolute()
+
     def _make_folder(self, folder: Path) -> None:
         """Create the folder of an SQLite file if it is the state directory. Any other must exist."""
         if folder.is_dir():

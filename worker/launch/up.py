@@ -61,6 +61,10 @@ def up(*, verbose: bool = False) -> int:
     if not settings.keys:
         setting = f"{KEY_NAMES[0]} (or {KEY_NAMES[1]})"
         write(OWN_NAME, f"no API key: jobs are accepted and held; set {setting} and start again")
+    if settings.default_database_file is not None:
+        environment["DATABASE_URL"] = settings.database_url  # said here once, and not by each process
+        if not quiet:
+            write(OWN_NAME, f"DATABASE_URL is not set: all processes use the file {settings.default_database_file}")
     programs = [program(line, environment) for line in lines if _settings_allow(settings, line, environment, write)]
     if quiet:
         for text in _introduction(settings, programs):

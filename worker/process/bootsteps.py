@@ -78,6 +78,8 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
     def start(self, worker: Any) -> None:
         """Make the resources of this process, and start the loops in a worker that consumes polls."""
         make_resources()
+        if settings.default_database_file is not None:
+            log.warning("DATABASE_URL is not set: this worker uses the file %s", settings.default_database_file)
         threading.Thread(target=check_neighbours, name="neighbours", daemon=True).start()
         registration = Registration(
             process_resources().engine, settings, name=worker.hostname, queues=worker.app.amqp.queues.consume_from
@@ -287,7 +289,9 @@ def _check_schema(**_: object) -> None:
     try:
         expand(engine_for(settings.database))
     except (SchemaOutdated, DeploymentError) as error:
-        print(f"fetch-worker: {error}", file=sys.stderr, flush=True)
+        file = settings.default_database_file
+        database = "" if file is None else f" (DATABASE_URL is not set, so the database is the file {file})"
+        print(f"fetch-worker: {error}{database}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except Unavailable as error:
         log.error("%s; waiting for it", error)
