@@ -12,8 +12,19 @@ from tests.public.commands import planted_engine
 from worker.cli.commands import group
 from worker.cli.filters import filter_options
 from worker.sandbox.command import _parser
+from worker.sandbox.families import FAMILIES
 from worker.sandbox.scenarios import SCENARIOS
 from worker.settings import Settings
+
+MAKES = {
+    "png": "pictures",
+    "mp4": "videos",
+    "wav": "sound",
+    "txt": "texts",
+    "glb": "3D models",
+    "json": "chats",
+    "": "trainings (no output)",
+}
 
 
 def rendered_pages() -> dict[str, str]:
@@ -87,7 +98,7 @@ def _sandbox_options() -> str:
 FILTERED = _names(click.command()(filter_options(lambda: None)))
 
 
-# ── metrics and scenarios ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── metrics, scenarios and families ───────────────────────────────────────────────────────────────────────────────────
 
 
 def metric_reference() -> str:
@@ -107,8 +118,17 @@ def scenario_reference() -> str:
     return _table(("scenario", "what happens"), [(f"`{name}`", scenario.about) for name, scenario in SCENARIOS.items()])
 
 
+def family_reference() -> str:
+    """Return the table of the orders that the stand-in takes, by what they make."""
+    orders: dict[str, list[str]] = {}
+    for family in FAMILIES:
+        orders.setdefault(MAKES[family.makes], []).extend(f"`{order}`" for order in family.orders)
+    return _table(("makes", "`family`, a path below `/api/`"), [(makes, ", ".join(orders[makes])) for makes in orders])
+
+
 GENERATED: dict[str, tuple[str, Callable[[], str]]] = {
     "commands": ("commands", command_reference),
     "metrics": ("metrics", metric_reference),
     "sandbox": ("scenarios", scenario_reference),
+    "test-kit": ("families", family_reference),
 }

@@ -163,6 +163,7 @@ def test_the_hooks_are_mounted_as_the_manual_says(fetch_api: FetchApi, django_re
 
 def test_the_tests_of_the_test_kit_run_as_they_stand(tmp_path: Path) -> None:
     _pytest(tmp_path, block_with("fetch_worker.told", PAGES["test-kit"]), "2 passed")
+    _pytest(tmp_path, block_with("def test_a_video", PAGES["test-kit"]), "1 passed")
 
 
 def test_the_kit_works_without_pytest(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.docs.generated import rendered_pages
 from tests.docs.manual import DOCS, LINK, PAGES, README, ROOT, TEXTS, anchors, blocks, prose, rows, section
+from worker import testing
 from worker.cli.commands import group
 from worker.core import lifecycle
 from worker.core.lifecycle import JOB_CODES, JOB_STATES, OUTPUT_CODES
@@ -16,6 +17,7 @@ from worker.core.pacing.estimate import Progress
 from worker.operations.troubles import CODES
 from worker.settings import Settings
 from worker.store.schema import jobs, outputs
+from worker.testing import Answers, FetchApi
 
 MOST_WORDS = 1_000  # of the README: it is read to decide whether to try the product
 LONGEST_SUMMARY = 82  # characters of a page's first sentence, which `docs` lists
@@ -159,6 +161,15 @@ def test_the_columns_that_apps_may_read_exist() -> None:
     for name, table in (("fetch_jobs", jobs), ("fetch_outputs", outputs)):
         listed = part.split(f"- `{name}`: ")[1].split("\n- ")[0].split("\n\n")[0]
         assert set(CODE.findall(listed)) <= set(table.c.keys())
+
+
+def test_every_public_name_of_the_test_kit_is_explained() -> None:
+    names = {name for name in vars(Answers) if name not in ("copy", "next")} | set(testing._HOME)
+    names |= {name for name in vars(FetchApi) if name not in ("expect", "ready")}
+    names |= {"run", "run_all", "advance", "told", "webhooks", "celery", "engine", "now", "api", "worker"}
+    mentioned = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`\n]+)`", PAGES["test-kit"]))))
+
+    assert {name for name in names if not name.startswith("_")} - mentioned == set()
 
 
 def test_every_task_is_in_the_table_of_tasks_with_its_queue() -> None:

@@ -31,7 +31,11 @@ REAL_API_SETTINGS = ("SD_API_KEYS", "SD_API_HOSTS", "SD_API_PROXY", "SD_API_CA_B
 
 @dataclass(frozen=True, slots=True)
 class Kit:
-    """The stand-in and the worker of one test."""
+    """The stand-in and the worker of one test.
+
+    `api` is the stand-in, the fixture `fetch_api`: it decides what each job answers, and counts requests.
+    `worker` is the worker, the fixture `fetch_worker`: it runs jobs to a final state, and moves the clock.
+    """
 
     api: FetchApi
     worker: FetchWorker
