@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import worker
+from worker.sandbox.families import FAMILIES
 from worker.testing import Kit, kit
 
 
@@ -37,6 +38,16 @@ def test_jobs_of_many_families_are_stored_with_their_media_type(testkit: Kit) ->
 
     assert {path: ended[job].outputs[0].media_type for path, job in jobs.items()} == types
     assert all(ended[job].status == "completed" for job in jobs.values())
+
+
+def test_a_job_of_every_family_is_completed(testkit: Kit) -> None:
+    orders = [order for family in FAMILIES for order in family.orders]
+    paths = [order.replace("*", "make").replace("{name}", "shop") for order in orders]
+    jobs = {worker.track(testkit.api.submit("a lake", family=path), endpoint=path): path for path in paths}
+
+    ended = {job.id: job.status for job in testkit.worker.run_all()}
+
+    assert {jobs[job_id]: status for job_id, status in ended.items()} == dict.fromkeys(paths, "completed")
 
 
 def test_a_made_up_id_belongs_to_the_family_that_it_is_tracked_with(testkit: Kit) -> None:
