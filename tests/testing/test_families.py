@@ -43,7 +43,9 @@ def test_jobs_of_many_families_are_stored_with_their_media_type(testkit: Kit) ->
 def test_a_job_of_every_family_is_completed(testkit: Kit) -> None:
     orders = [order for family in FAMILIES for order in family.orders]
     paths = [order.replace("*", "make").replace("{name}", "shop") for order in orders]
-    jobs = {worker.track(testkit.api.submit("a lake", family=path), endpoint=path): path for path in paths}
+    jobs: dict[int, str] = {}
+    for path in paths:
+        jobs[worker.track(testkit.api.submit("a lake", family=path), endpoint=path)] = path
 
     ended = {job.id: job.status for job in testkit.worker.run_all()}
 
