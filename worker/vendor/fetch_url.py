@@ -183,6 +183,14 @@ def order_at(endpoint: object, api: AllowedApi) -> Order:
 
     Raises NotTrackable if it is neither, and RefusedAddress if the host is not on SD_API_HOSTS.
     """
+    return order_and_path(endpoint, api)[0]
+
+
+def order_and_path(endpoint: object, api: AllowedApi) -> tuple[Order, str]:
+    """Return the order of `order_at`, and the path below `/api/` as the caller wrote it, without double slashes.
+
+    Raises the same errors as `order_at`.
+    """
     if not isinstance(endpoint, str):
         raise NotTrackable(f"endpoint is the URL or path that the order was posted to, not {type(endpoint).__name__}")
     text = endpoint.strip()
@@ -204,11 +212,11 @@ def order_at(endpoint: object, api: AllowedApi) -> Order:
     match = _ORDER_PATH.fullmatch(_SLASHES.sub("/", path[:MAX_ADDRESS]).strip("/"))
     is_plain = match is not None and all(part.strip(".") for part in match["path"].split("/"))
     family = family_of_order(match["path"]) if match is not None and is_plain else None
-    if family is None:
+    if match is None or family is None:
         raise NotTrackable(
             f"endpoint {text[:120]!r} is not a path of the API: use a path such as v6/video/text2video, or the full URL"
         )
-    return Order(family, site)
+    return Order(family, site), match["path"]
 
 
 def order_of_response(url: object, api: AllowedApi) -> Order | None:
