@@ -9,7 +9,7 @@ from inspect import isawaitable
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from worker.core.identity import READY, FetchAddress, checked_remote_id
+from worker.core.identity import READY, SYNTHETIC_ID, FetchAddress, checked_remote_id
 from worker.core.reply import (
     AccountRefused,
     ApiDown,
@@ -37,11 +37,11 @@ from worker.vendor.fetch_url import (
 from worker.vendor.replies import WAITING, ParsedAnswer, Question, rule_for
 
 NO_STATUS_WORDS: Mapping[str, str] = MappingProxyType({})
-_ID_FIELDS = (
+ID_FIELDS = (
     *("id", "training_id", "request_id", "requestId", "taskId", "task_id", "execution_id", "fetch_id", "job_id"),
 )
 _ACCEPTED = WAITING | {"success"}  # an answer with one of these statuses is never a refusal
-_URL_FIELDS = ("fetch_result", "status_url", "fetch_url", "fetchResult")  # the vendor uses the first one
+URL_FIELDS = ("fetch_result", "status_url", "fetch_url", "fetchResult")  # the vendor uses the first one
 _NOT_IDS = frozenset({"none", "null", "undefined", "nan", "true", "false"})  # what programs print for a missing id
 _HINTS = {
     "NoneType": ": the submit call returned nothing",
@@ -136,16 +136,17 @@ def _planned(submitted: Submission, order: Order | None, fetch_url: str | None, 
     if submitted.outputs and submitted.is_alias_url and fetch_url is None:
         submitted = _without_bad_url(submitted, api)
     url = fetch_url or submitted.fetch_url
-    if url is None and order is not None:
+    is_synthetic = SYNTHETIC_ID.fullmatch(remote_id) is not None  # such a job is ready and is never fetched
+    if url is None and order is not None and not is_synthetic:
         url = order.fetch_url(remote_id)
     elif url is None and submitted.implied_path is not None:
         url = f"{site_of(api)}{submitted.implied_path}" + ("" if submitted.implied_path == CHAT else f"/{remote_id}")
     if url is None and submitted.outputs:  # it is never fetched, and its id may exist in another family, too
         base = f"{READY}{_digest(submitted.outputs)}"
         default = fetch_address(None, remote_id, api)
-        return PlannedJob(
-            submitted, FetchAddress(base, base, default.host), _kind(path_of(default.base), submitted.model)
-        )
+        path = path_of(default.base) if order is None else f"/api/{order.family.fetch}"
+        kind = _kind(path, submitted.model, is_video=order is not None and order.family.media == "video")
+        return PlannedJob(submitted, FetchAddress(base, base, default.host), kind)
     if url is None and submitted.is_run:
         raise NotTrackable(
             "the answer is about a workflow run, but does not name the workflow: pass the endpoint to which the order"
@@ -315,7 +316,7 @@ def _submission(answer: SubmitAnswer, status_words: Mapping[str, str], *, is_tra
         promised=() if ready.links else promised_urls(fields),
         implied_path=_implied_path(fields),
         url_id=url_id,
-        is_alias_url=fetch_url is not None and field != _URL_FIELDS[0],
+        is_alias_url=fetch_url is not None and field != URL_FIELDS[0],
         is_run=_run_id(fields) is not None,
     )
 
@@ -335,13 +336,20 @@ def _read(answer: SubmitAnswer, status_words: Mapping[str, str]) -> Reply:
 
 def _check_is_a_job(fields: Mapping[str, Any]) -> None:
     """Raise NotTrackable for answers of other calls. The message says what they are."""
-    of = fields.get("object")
-    if isinstance(of, str) and of.startswith(("chat.completion", "text_completion", "response", "embedding", "list")):
-        raise NotTrackable(f"this is a finished answer of a chat API ({of[:60]}), not a job: there is nothing to fetch")
-    if isinstance(fields.get("choices"), list) and fields.get("status") is None:
-        raise NotTrackable("this is a finished answer of a chat API, not a job: there is nothing to fetch")
+    if is_finished_chat(fields):
+        of = fields.get("object")
+        name = f" ({of[:60]})" if isinstance(of, str) else ""
+        raise NotTrackable(f"this is a finished answer of a chat API{name}, not a job: there is nothing to fetch")
     if "jsonrpc" in fields:
         raise NotTrackable("this is a JSON-RPC answer, not the answer of a submit call: pass the content of its result")
+
+
+def is_finished_chat(fields: Mapping[str, Any]) -> bool:
+    """Return whether this is the answer of a chat API that answers at once, so that there is no job to fetch."""
+    of = fields.get("object")
+    if isinstance(of, str) and of.startswith(("chat.completion", "text_completion", "response", "embedding", "list")):
+        return True
+    return isinstance(fields.get("choices"), list) and fields.get("status") is None
 
 
 def _remote_id(fields: Mapping[str, Any], *, is_ready: bool, is_training: bool) -> str | None:
@@ -349,7 +357,7 @@ def _remote_id(fields: Mapping[str, Any], *, is_ready: bool, is_training: bool) 
 
     Raises NotTrackable if the value is not a valid id. If the job `is_ready`, an invalid id is skipped instead.
     """
-    names = ("training_id", *_ID_FIELDS, "model_id") if is_training else _ID_FIELDS
+    names = ("training_id", *ID_FIELDS, "model_id") if is_training else ID_FIELDS
     run = execution_of(fields) or {}
     for value in (run.get("id"), *(fields.get(name) for name in names), chat_id_of(fields)):
         if isinstance(value, float) and value.is_integer():
@@ -396,13 +404,13 @@ def _fetch_url(fields: Mapping[str, Any], *, is_ready: bool) -> tuple[str, str |
 
     If the job `is_ready`, a field that is not the vendor's and not text is skipped instead.
     """
-    for name in _URL_FIELDS:
+    for name in URL_FIELDS:
         value = fields.get(name)
         if _is_none(value):
             continue
         if isinstance(value, str):
             return name, value.strip()
-        if not is_ready or name == _URL_FIELDS[0]:
+        if not is_ready or name == URL_FIELDS[0]:
             raise NotTrackable(f"{name} must be text, not {type(value).__name__}")
     return "", None
 
