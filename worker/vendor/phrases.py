@@ -34,6 +34,9 @@ class Phrase(NamedTuple):
     example: str
 
 
+_QUEUE_SIZE = r"\bqueue (?:size|length|depth|capacity) limit|\blimit of (?:the |your )?queue\b"
+_QUEUED = r"(?:queued|concurrent|parallel|simultaneous) (?:[a-z]{1,20} )?(?:requests?|jobs?|generations?|tasks?)|requests (?:already )?(?:in|on) (?:the |your )?queue"
+
 # Phrases about the order come first, after suspended accounts, because a message may quote a prompt, a URL or a model
 # with any words. Phrases about the account come before those about the rate: "Your monthly limit exceeded" means that
 # the plan is used up, and waiting does not help. A limit of queued requests is a rate limit, even if the message names
@@ -86,11 +89,11 @@ PHRASES: tuple[Phrase, ...] = (
            "You have exceeded your monthly limit"),
     Phrase("plan", r"\b(?:per|this|each|for|for the|for this) (?:month|week|year|day|billing (?:period|cycle))\b|\bfor today\b",
            "100 requests per day are allowed"),
-    Phrase("limited", r"\bqueue (?:size|length|depth|capacity) limit|\blimit of (?:the |your )?queue\b", "Queue size limit reached"),
+    Phrase("limited", _QUEUE_SIZE, "Queue size limit reached"),
     Phrase("plan", r"(?:exceeded|reached|hit|used(?: up)?|crossed) (?:all )?(?:of )?your (?:[a-z]{1,20} )?tokens? (?:limits?|cap|quota|allowance)|\btokens? limit (?:is |was |has been )?(?:exceeded|reached) (?:for|of|on|in) your\b", "You have reached your token limit"),
     Phrase("order", r"\b(?:size|length|tokens?|characters?|words?|pixels?|resolution|duration|frames?) (?:count )?limit",
            "Image size limit exceeded"),
-    Phrase("limited", r"(?:queued|concurrent|parallel|simultaneous) (?:[a-z]{1,20} )?(?:requests?|jobs?|generations?|tasks?)|requests (?:already )?(?:in|on) (?:the |your )?queue",
+    Phrase("limited", _QUEUED,
            "Your plan limit is reached: 5 concurrent requests"),
     Phrase("plan", r"\b(?:exceeded|reached|hit|exhausted|crossed|used(?: up)?)\b[a-z ]{0,60} (?:of|for|on|in|under|with) (?:your|the|this) (?:[a-z]{1,20} ){0,2}(?:plan|subscription|package|membership|tier)\b",
            "You have hit the cap of your plan"),
@@ -149,6 +152,28 @@ PASSING: frozenset[Meaning] = frozenset({"try_again", "service", "memory", "limi
 # Failures after which a job can still become ready. "Out of memory" is final. Credits or a plan can be bought.
 RECOVERS: frozenset[Meaning] = (PASSING | RUN_OUT) - {"memory"}
 
+# The queue of the account is full: it has as many orders at the API as its plan allows.
+_QUEUE_IS_FULL = re.compile(
+    rf"{_QUEUE_SIZE}|{_QUEUED}|\bpending (?:requests|jobs|generations|tasks)\b"
+    r"|\bqueue (?:is |are )?(?:currently |temporarily |already |too )?full\b|\bqueue limit\b",
+    re.IGNORECASE,
+)
+_NO_TIME = r"\b(?! ?(?:s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?)\b)"
+_QUEUE_LIMITS = (
+    re.compile(
+        r"\b(?:maximum|max|limit|at most|up to|only|more than)\b[ :=(]{0,3}(?:(?:of|is|to|the|your|plan|size|number|queue|"
+        rf"queued|concurrent|requests?|jobs?|have|allowed)\b[ :=(]{{0,3}}){{0,6}}(\d{{1,4}}){_NO_TIME}",
+        re.IGNORECASE,
+    ),
+    re.compile(r"\b(\d{1,4}) (?:queued|concurrent|parallel|simultaneous|pending)\b", re.IGNORECASE),
+)
+_UNKNOWN_MODEL = re.compile(
+    r"\bmodels?\b(?:(?!\b(?:field|parameter|value|image|url)\b).){0,80}\b(?:not (?:be )?found|(?:not|doesn't) exist|invalid|unknown|not valid|not recogni[sz]ed)\b"
+    r"|\b(?:invalid|unknown|no such|wrong|incorrect) (?:[a-z]{1,20} )?model\b"
+    r"|\b(?:find|locate) (?:the |a |any |your |this |that |such )?(?:[a-z]{1,20} )?model\b",
+    re.IGNORECASE,
+)
+
 # Quoted text can be a prompt, a name or a URL, so it is removed. A single word in quotes stays.
 _QUOTED = re.compile(
     r"\"[^\"]{0,250}\"|“[^”]{0,250}”|`[^`]{0,250}`|(?<!\w)'[^']{0,250}'(?!\w)|(?<!\w)\u2018[^\u2019]{0,250}\u2019(?!\w)"
@@ -166,6 +191,35 @@ def meaning_of(text: str) -> Meaning | None:
     """
     message = _without_quotes(text)
     return next((meaning for meaning, pattern in _COMPILED if pattern.search(message)), None)
+
+
+def names_full_queue(text: str) -> bool:
+    """Return whether a refusal says that the account has as many orders at the API as it may have.
+
+    >>> names_full_queue("Maximum 5 queued requests allowed."), names_full_queue("spam filter is enabled")
+    (True, False)
+    """
+    return _QUEUE_IS_FULL.search(_without_quotes(text)) is not None
+
+
+def queue_limit_of(text: str) -> int | None:
+    """Return the number of orders that may be at the API at once, if a refusal names it.
+
+    >>> queue_limit_of("You have 6 queued requests (maximum 5)"), queue_limit_of("Queue limit reached, wait 30 seconds")
+    (5, None)
+    """
+    message = _without_quotes(text)
+    match = next((match for match in (pattern.search(message) for pattern in _QUEUE_LIMITS) if match), None)
+    return int(match[1]) or None if match else None
+
+
+def names_unknown_model(text: str) -> bool:
+    """Return whether an error message says that the API does not have the model of the order.
+
+    >>> names_unknown_model("Model id not found"), names_unknown_model("The model id field is required.")
+    (True, False)
+    """
+    return _UNKNOWN_MODEL.search(_without_quotes(text)) is not None
 
 
 def _without_quotes(text: str) -> str:

@@ -129,9 +129,13 @@ class ParsedAnswer:
     def meaning(self) -> Meaning | None:
         """The meaning of the error message, or of the other error texts."""
         if self._meaning == "":
-            texts = (self.message, *other_error_texts(self.fields or {}))
-            self._meaning = next((meaning for meaning in map(meaning_of, texts) if meaning is not None), None)
+            self._meaning = next((meaning for meaning in map(meaning_of, self.texts) if meaning is not None), None)
         return self._meaning or None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The error message, and the other error texts."""
+        return (self.message, *other_error_texts(self.fields or {}))
 
     @property
     def is_refusal(self) -> bool:

@@ -21,8 +21,14 @@ _MILLISECONDS = 1e11  # larger numbers are milliseconds: as seconds they would b
 _RETRY_FIELDS = ("retry_after", "retryAfter")
 
 
-def retry_after(headers: Mapping[str, str], fields: Mapping[str, Any], message: str, now: float) -> float:
-    """Return the seconds to wait, between 1 s and 15 min. The default is 30 s. `now` is in seconds since 1970.
+def retry_after(
+    headers: Mapping[str, str],
+    fields: Mapping[str, Any],
+    message: str,
+    now: float,
+    default: float = DEFAULT_RETRY_SECONDS,
+) -> float:
+    """Return the seconds to wait, between 1 s and 15 min, or `default`. `now` is in seconds since 1970.
 
     >>> retry_after({}, {}, "5 requests per 60 seconds, try again in 12 s", 1.7e9)
     12.0
@@ -38,7 +44,7 @@ def retry_after(headers: Mapping[str, str], fields: Mapping[str, Any], message: 
     ):
         if wait is not None:
             return min(max(wait, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
-    return DEFAULT_RETRY_SECONDS
+    return default
 
 
 def _until(value: str | None, now: float) -> float | None:
