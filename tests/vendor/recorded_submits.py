@@ -85,6 +85,7 @@ READY: tuple[Submit, ...] = (
     Submit("picture at once", "ready:1 66752945 at - (image)", ok([R2 + "0-1ec.png"], generationTime=1.96, id=66752945, proxy_links=[CDN + "0-1ec.png"], nsfw_content_detected=False), "captured in a client's tests", "B"),
     Submit("picture at once, family known", "ready:1 12345 at v6/images/fetch/12345 (images)", ok(["https://example.com/generated-image.png"], id=12345, generationTime=2.5), "prism-php/prism", "B", "v6/images/text2img"),
     Submit("voice at once under links", "ready:1 sha256 at - (image)", {"generationTime": 0.24, "links": [R2 + "a.wav"], "proxy_links": [], "status": "success"}, "docs-v2 enterprise voice-to-voice"),
+    Submit("null id, family known", "ready:1 sha256 at - (images)", ok([R2 + "m.png"], id=None), "docs-v2 enterprise flux, neighbour", "C", "v6/images/text2img"),
     Submit("null id", "ready:1 sha256 at - (image)", ok([R2 + "m.glb"], id=None, warning=""), "docs-v2 enterprise text-to-3d"),
     Submit("id that can't be one", "ready:1 sha256 at - (image)", ok([R2 + "m.glb"], id=7.5), "neighbour: what is paid for is stored", "C"),
     Submit("outputs in an envelope", "ready:1 8 at - (image)", {"status": "success", "id": 8, "data": {"output": [R2 + "e.png"]}}, "client of v7", "B"),
