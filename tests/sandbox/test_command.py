@@ -90,6 +90,8 @@ def test_by_default_it_prints_one_readable_line_and_logs_nothing() -> None:
         ["--failure-rate", "2"],
         ["--scenario", "unheard-of"],
         ["--plan", "free"],
+        ["--slots", "-1"],
+        ["--slots", "many"],
         ["--size", "5"],
         ["--key", ""],
         ["--seed", "x"],

@@ -1,11 +1,9 @@
-"""The rate limit and the queue of the stand-in."""
-
-import json
+"""The rate limit of the stand-in."""
 
 import pytest
 
 from worker.sandbox.options import SandboxOptions
-from worker.sandbox.rate_limit import RateLimit, queue_refusal
+from worker.sandbox.rate_limit import RateLimit
 
 
 @pytest.mark.parametrize(("style", "status"), [("http429", 429), ("http200", 200)])
@@ -22,12 +20,3 @@ def test_without_a_limit_every_request_is_allowed() -> None:
     limit = RateLimit()
 
     assert not any(limit.refusal(SandboxOptions(), 10.0) for _ in range(100))
-
-
-def test_an_order_is_refused_only_when_as_many_wait_as_the_plan_allows() -> None:
-    refusal = queue_refusal("standard", 10, 4.2)
-
-    assert queue_refusal("standard", 9, 4.2) is None
-    assert queue_refusal("enterprise", 10_000, 4.2) is None
-    assert refusal is not None
-    assert (refusal.status, json.loads(refusal.body)["retry_after"]) == (429, 5)

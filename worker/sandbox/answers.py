@@ -3,9 +3,10 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 TIP = "This is the stand-in of the API: the waiting is real, the outputs are made here."
+QUEUE_FULL_SECONDS = 30
 _REQUEST_TIP = "Send a POST request with the header Content-Type: application/json and one valid JSON object."
 _KEY_TIP = _REQUEST_TIP + " Its key must be the one that the stand-in was started with."
 
@@ -19,6 +20,8 @@ class Answer:
     body: bytes
     drip_seconds: float = 0.0  # between any two bytes of the body
     drip_headers: bool = False  # send the headers slowly too
+    lost: Literal["", "closed", "stalled"] = ""
+    """What is done instead of sending it: the connection is closed, or left open until the client closes it."""
 
 
 def json_answer(content: Mapping[str, Any], status: int = 200) -> Answer:
@@ -46,6 +49,12 @@ def invalid_key() -> Answer:
 def invalid_field(name: str, complaint: str) -> Answer:
     """Return the answer to an order with an invalid field. Its message is an object."""
     return json_answer({"status": "error", "message": {name: [complaint]}})
+
+
+def queue_full(limit: int) -> Answer:
+    """Return the answer to an order if as many wait as the plan allows."""
+    text = f"Rate limit exceeded. Maximum {limit} queued requests allowed."
+    return json_answer({"status": "error", "message": text, "retry_after": QUEUE_FULL_SECONDS}, status=429)
 
 
 def no_such_route(path: str) -> Answer:

@@ -1,20 +1,29 @@
 """The stand-in as a pure model: requests and times in, answers out. The seed decides everything else."""
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping
 from heapq import heappop, heappush
 from math import ceil
 from random import Random
 from typing import Any, NamedTuple
 
-from worker.sandbox.answers import Answer, invalid_field, invalid_key, json_answer, no_such_route, unknown_id
+from worker.sandbox.answers import (
+    Answer,
+    invalid_field,
+    invalid_key,
+    json_answer,
+    no_such_route,
+    queue_full,
+    unknown_id,
+)
+from worker.sandbox.charges import Charges
 from worker.sandbox.families import API, FAMILIES, Family, Target, family_of, request_of
 from worker.sandbox.files import file_name
 from worker.sandbox.jobs import SandboxJob, failed_answer, fetch_answer, submit_answer, success_answer
 from worker.sandbox.options import MAX_OUTPUTS, SandboxOptions
-from worker.sandbox.orders import extension_of, next_id, order_paths, samples_of
-from worker.sandbox.rate_limit import RateLimit, queue_refusal
-from worker.sandbox.scenarios import SCENARIOS, FetchCall, check_scenario, scenario_of
+from worker.sandbox.orders import extension_of, next_id, order_paths, prompt_of, samples_of
+from worker.sandbox.rate_limit import RateLimit
+from worker.sandbox.scenarios import SCENARIOS, FetchCall, Scenario, check_scenario, scenario_of
 from worker.sandbox.webhooks import NOT_CALLED, Webhook, is_local, webhook_of
 
 MAX_JOBS = 50_000  # the oldest jobs are dropped first, as in the hosted API
@@ -38,6 +47,8 @@ class Behaviour:
 
     def __init__(self, options: SandboxOptions) -> None:
         self.options = options
+        self.charges = Charges()
+        self.next_orders: deque[Scenario] = deque()  # their `order` and `sent` apply to the next orders, in turn
         self._jobs: OrderedDict[JobKey, SandboxJob] = OrderedDict()
         self._files: dict[str, tuple[SandboxJob, int]] = {}
         self._orders = 0
@@ -52,18 +63,13 @@ class Behaviour:
         request = request_of(path, body, method)
         if request is None:
             return no_such_route(path)
-        if body.get("key") != self.options.key:
-            return invalid_key()
-        refusal = self._rate_limit.refusal(self.options, now)
-        if refusal is not None:
-            return refusal
-        for scenario in map(scenario_of, self.options.scenarios):
-            if scenario.account is not None:
-                return scenario.account()
-        if isinstance(request, Target):
-            return self._fetch_answer(request, now=now, origin=origin)
         if isinstance(request, Family):
             return self._order_answer(request, body, now=now, origin=origin)
+        refusal = self._account_refusal(body, now)
+        if refusal is not None:
+            return refusal
+        if isinstance(request, Target):
+            return self._fetch_answer(request, now=now, origin=origin)
         return json_answer(self._account_answer(request, now))
 
     def submit(
@@ -87,6 +93,12 @@ class Behaviour:
     def adopt(self, target: Target, *, submitted_at: float, scenario: str = "") -> SandboxJob:
         """Add a job with an id that was not issued here."""
         return self._submit(target.family, "", 0, scenario, submitted_at, {}, target.id)
+
+    def cuts_next_order(self) -> bool:
+        """Return whether the connection of the next order is closed before it is read, and count that order."""
+        cuts = scenario_of(self.options.scenario(self._orders)).cut_early
+        self._orders += cuts  # the next order takes the next scenario
+        return cuts
 
     def job(self, job_id: str, store: str | None = None) -> SandboxJob | None:
         """Return the job with an id, if known. Without a store, return the oldest job with that id."""
@@ -148,7 +160,8 @@ class Behaviour:
         counter = family.counter or store
         number = self._orders
         self._orders += 1
-        if not job_id:
+        is_order = not job_id
+        if is_order:
             job_id = next_id(family, options, self._counts[counter])
             self._counts[counter] += 1
         scenario = scenario or options.scenario(number)
@@ -179,6 +192,8 @@ class Behaviour:
         self._jobs[store, job_id] = job
         self._files.update({name: (job, index) for index, name in enumerate(job.files)})
         heappush(self._queue, job.ready_at)
+        if is_order:
+            self.charges.charge(store, {**body, "prompt": prompt, "samples": samples}, self._queue_length(now))
         if job.webhook and is_local(job.webhook):
             heappush(self._webhooks, (job.ready_at, number, job))
         if len(self._jobs) > MAX_JOBS:
@@ -188,28 +203,45 @@ class Behaviour:
                 del self._files[name]
         return job
 
+    def _account_refusal(self, body: Mapping[str, Any], now: float) -> Answer | None:
+        """Return the answer to a call whose key or account is refused."""
+        if body.get("key") != self.options.key:
+            return invalid_key()
+        scenarios = map(scenario_of, self.options.scenarios)
+        refusal = self._rate_limit.refusal(self.options, now)
+        return refusal or next((scenario.account() for scenario in scenarios if scenario.account is not None), None)
+
     def _order_answer(self, family: Family, body: Mapping[str, Any], *, now: float, origin: str) -> Answer:
+        refusal = self._account_refusal(body, now) or self._order_refusal(family, body, now)
+        if refusal is not None:
+            self.charges.refused += 1
+            return refusal
+        samples = samples_of(body.get("samples")) if family.makes == "png" else 0
+        job = self._submit(family, prompt_of(body), samples or 0, body.get("scenario", ""), now, body)
+        status = 202 if family.shape == "workflow" else 200
+        answer = json_answer(self.accepted(job, now=now, origin=origin), status=status)
+        send = (self.next_orders.popleft() if self.next_orders else scenario_of(job.scenario)).sent
+        return answer if send is None else send(answer)
+
+    def _order_refusal(self, family: Family, body: Mapping[str, Any], now: float) -> Answer | None:
         requested = body.get("scenario", "")
         if requested and (not isinstance(requested, str) or requested not in SCENARIOS):
             return invalid_field("scenario", f"The scenario must be one of {', '.join(SCENARIOS)}.")
+        if self.next_orders and (refuse_next := self.next_orders[0].order) is not None:
+            self.next_orders.popleft()
+            return refuse_next()
         refuse = scenario_of(requested or self.options.scenario(self._orders)).order
         if refuse is not None:
             self._orders += not requested  # the next order takes the next scenario
             return refuse()
-        queued = self._queue_length(now)
-        refusal = queue_refusal(self.options.plan, queued, self._queue[0] - now if queued else 0.0)
-        if refusal is not None:
-            return refusal
-        prompt = body.get("prompt", body.get("text", ""))
-        prompt = prompt if isinstance(prompt, str) else ""
-        if family.prompt and not prompt.strip():
+        limit = self.options.queue_limit
+        if limit and self._queue_length(now) >= limit:
+            return queue_full(limit)
+        if family.prompt and not prompt_of(body).strip():
             return invalid_field("prompt", "The prompt field is required.")
-        samples = samples_of(body.get("samples"))
-        if samples is None:
+        if samples_of(body.get("samples")) is None:
             return invalid_field("samples", f"The samples field must be between 1 and {MAX_OUTPUTS}.")
-        job = self._submit(family, prompt, samples if family.makes == "png" else 0, requested, now, body)
-        status = 202 if family.shape == "workflow" else 200
-        return json_answer(self.accepted(job, now=now, origin=origin), status=status)
+        return None
 
     def _fetch_answer(self, target: Target, *, now: float, origin: str) -> Answer:
         key = (target.store, target.id)

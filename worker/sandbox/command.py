@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rps", type=float, help="requests per second before the rate limit applies (0: none)")
     add("--limit-style", choices=LIMIT_STYLES, help="form of the rate limit's answer")
     add("--plan", choices=tuple(PLANS), help="how many orders may wait: 5, 10, 15, or any number (enterprise)")
+    add("--slots", type=int, help="how many orders may wait, instead of the plan's number (0: any number)")
     add("--scenario", dest="scenarios", action="append", default=[], metavar="NAME",
         help="a problem to simulate, from the list below; several are used in turn, one per job")  # fmt: skip
     add("--failure-rate", type=float, help="share of jobs that fail (0)")

@@ -13,7 +13,7 @@ from worker.sandbox.answers import Answer, invalid_request, json_answer
 if TYPE_CHECKING:
     from worker.sandbox.server import Sandbox
 
-MAX_BODY_BYTES = 1 << 20
+MAX_BODY_BYTES = 9 << 20
 IDLE_SECONDS = 120.0  # an idle connection is closed after this time
 CLOSING_SECONDS = 3.0
 CHECK_SECONDS = 0.5  # a stop is noticed after at most this time
@@ -106,9 +106,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Answer API calls by POST."""
+        path = self.path.partition("?")[0]
+        if self.server.site.cuts_order(path):
+            self.close_connection = True
+            return
         raw = self._body()
         if raw is not None:
-            path = self.path.partition("?")[0]
             self._send(self.server.site.posted(path, self.headers.get("Content-Type", ""), raw))
 
     def _body(self) -> bytes | None:
@@ -129,6 +132,11 @@ class Handler(BaseHTTPRequestHandler):
         return raw
 
     def _send(self, answer: Answer) -> None:
+        if answer.lost:
+            self.close_connection = True
+            if answer.lost == "stalled":
+                self.rfile.read()  # until the client closes the connection
+            return
         headers = {name.title(): value for name, value in answer.headers.items()}
         if "Content-Length" in headers:
             self.close_connection = True

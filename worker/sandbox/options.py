@@ -24,6 +24,7 @@ class SandboxOptions:
     rps: float = 0.0  # requests with a key per second before the rate limit applies; 0: no limit
     limit_style: str = "http429"
     plan: str = "enterprise"  # how many orders may wait at once, by PLANS
+    slots: int | None = None  # how many orders may wait at once, instead of the plan's number; 0: no limit
     size: int = 512  # width and height in pixels
     failure_rate: float = 0.0  # share of the jobs that end as failed
     eta: bool = True  # whether the answer to an order has an estimate
@@ -41,6 +42,7 @@ class SandboxOptions:
             "rps must be 0 (no limit) or more": isfinite(self.rps) and self.rps >= 0,
             f"the limit style must be one of {', '.join(LIMIT_STYLES)}": self.limit_style in LIMIT_STYLES,
             f"the plan must be one of {', '.join(PLANS)}": self.plan in PLANS,
+            "the slots must be 0 (no limit) or more": self.slots is None or self.slots >= 0,
             f"the size must be between {MIN_SIZE} and {MAX_SIZE} pixels": MIN_SIZE <= self.size <= MAX_SIZE,
             "the failure rate must be between 0 and 1": 0 <= self.failure_rate <= 1,
             "ids_after must be 0 or more": self.ids_after >= 0,
@@ -50,6 +52,11 @@ class SandboxOptions:
                 raise ValueError(message)
         for name in self.scenarios:
             check_scenario(name)
+
+    @property
+    def queue_limit(self) -> int:
+        """How many orders may wait at once; 0: no limit."""
+        return PLANS[self.plan] if self.slots is None else self.slots
 
     def scenario(self, number: int) -> str:
         """Return the scenario of the order with this number; empty if there is none."""

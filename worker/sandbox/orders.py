@@ -46,6 +46,12 @@ def extension_of(family: Family, body: Mapping[str, Any]) -> str:
     return family.makes
 
 
+def prompt_of(body: Mapping[str, Any]) -> str:
+    """Return the prompt or text of an order. Empty if it has none."""
+    prompt = body.get("prompt", body.get("text", ""))
+    return prompt if isinstance(prompt, str) else ""
+
+
 def samples_of(value: object) -> int | None:
     """Return the number of pictures that an order asks for: 0 if it does not say, None if the value is invalid."""
     if value is None or value == "":

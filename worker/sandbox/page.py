@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
+from worker.sandbox.charges import Charges
 from worker.sandbox.jobs import SandboxJob
 
 _STYLE = """
@@ -16,8 +17,8 @@ small{opacity:.7}
 """
 
 
-def render_page(jobs: Sequence[SandboxJob], *, now: float, root_url: str) -> bytes:
-    """Return a page that explains the stand-in and shows the newest jobs with thumbnails."""
+def render_page(jobs: Sequence[SandboxJob], charges: Charges, *, now: float, root_url: str) -> bytes:
+    """Return a page that explains the stand-in and shows counts of the orders and the newest jobs with thumbnails."""
     cards = "".join(_card(job, now) for job in jobs) or "<li>None yet. Send one with the line above.</li>"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="5">
@@ -30,6 +31,8 @@ Try sunset, sea, forest, mountain, night, city, desert, space, meadow or silk.</
 <pre>curl -H 'Content-Type: application/json' -d '{{"key": "THE KEY", "prompt": "lake at dawn", "samples": 2}}' \\
   {escape(root_url)}/api/v3/text2img
 curl -H 'Content-Type: application/json' -d '{{"key": "THE KEY"}}' {escape(root_url)}/api/v3/fetch/THE-ID</pre>
+<p>Orders: {charges.charged} charged, {charges.refused} refused, {charges.double} double; at most
+{charges.most_queued} queued at once.</p>
 <h2>Latest jobs</h2>
 <ul class="jobs">{cards}</ul>
 </body></html>

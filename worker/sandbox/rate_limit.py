@@ -1,9 +1,9 @@
-"""Rate limit of the stand-in, and the answers that refuse a request."""
+"""Rate limit of the stand-in, and the answer that refuses a request."""
 
 from math import ceil
 
 from worker.sandbox.answers import Answer, json_answer
-from worker.sandbox.options import PLANS, SandboxOptions
+from worker.sandbox.options import SandboxOptions
 
 
 class RateLimit:
@@ -30,12 +30,3 @@ class RateLimit:
             return json_answer({"status": "error", "message": text, "retry_after": seconds}, status=429)
         tips = f"too many requests in a short time, please wait for {seconds} seconds and try again"
         return json_answer({"status": "error", "message": "Rate limit exceeded", "tips": tips, "retry_after": seconds})
-
-
-def queue_refusal(plan: str, queued: int, seconds: float) -> Answer | None:
-    """Return the answer to an order if as many wait as the plan allows. The next one is done after `seconds`."""
-    limit = PLANS[plan]
-    if not limit or queued < limit:
-        return None
-    text = f"Rate limit exceeded. Maximum {limit} queued requests allowed."
-    return json_answer({"status": "error", "message": text, "retry_after": max(1, ceil(min(seconds, 30)))}, status=429)

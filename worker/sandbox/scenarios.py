@@ -1,16 +1,23 @@
 """Scenarios: named deviations from normal behaviour, from the API's documentation and captured answers."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from worker.sandbox.answers import Answer, invalid_field, invalid_key, json_answer, page_answer, unknown_id
+from worker.sandbox.answers import (
+    Answer,
+    invalid_field,
+    invalid_key,
+    json_answer,
+    page_answer,
+    queue_full,
+    unknown_id,
+)
 from worker.sandbox.files import base64_text
 from worker.sandbox.jobs import SandboxJob, failed_answer
 
 TROUBLE_FETCHES = 3  # number of fetches that a temporary trouble lasts
 MISSING_LINKS_SECONDS = 10.0  # how long the links of `late-links` are missing
-QUEUE_FULL_SECONDS = 30
 
 ScenarioName = Literal[
     "failed", "try-again", "never", "ready-at-once", "forgotten", "empty", "no-output", "only-future-links",
@@ -18,7 +25,7 @@ ScenarioName = Literal[
     "queued", "another-job", "other-id", "no-id", "no-fetch-result", "no-eta", "long-eta", "eta-in-words",
     "late-links", "dead-links", "gone", "nsfw", "error", "busy", "server-error", "gateway", "down", "rate-limit",
     "spam-filter", "queue-full", "not-taken", "refused-order", "unknown-model", "wrong-key", "no-credits",
-    "monthly-limit", "no-plan",
+    "monthly-limit", "no-plan", "lost-closed", "lost-silent", "lost-cut", "lost-502", "lost-504", "order-cut-early",
 ]  # fmt: skip
 
 
@@ -59,7 +66,9 @@ class Scenario:
 
     `order` refuses orders, `accepted` modifies the answer to an order, `fetched` answers fetches. `file` returns the
     HTTP status of outputs (0: normal), given the seconds since the job was ready and whether the proxy path is used.
-    `account` answers every call with a key, if the stand-in uses the scenario for all jobs.
+    `account` answers every call with a key, if the stand-in uses the scenario for all jobs. `sent` changes how the
+    answer to an order that was taken is sent. `cut_early` closes the connection of an order before it is read, if the
+    stand-in uses the scenario for all jobs.
     """
 
     about: str
@@ -69,6 +78,8 @@ class Scenario:
     fetched: FetchAnswer | None = None
     file: Callable[[float, bool], int] | None = None
     seconds: float | None = None  # duration of the job
+    sent: Callable[[Answer], Answer] | None = None
+    cut_early: bool = False
 
 
 def check_scenario(name: str) -> None:
@@ -111,6 +122,15 @@ def _without(*names: str) -> ModifyOrderAnswer:
 
 def _with(**fields: object) -> ModifyOrderAnswer:
     return lambda job, body, origin: {**body, **fields}
+
+
+def _closed(answer: Answer) -> Answer:
+    return replace(answer, lost="closed")
+
+
+def _cut(answer: Answer) -> Answer:
+    headers = {**answer.headers, "Content-Length": str(len(answer.body))}
+    return replace(answer, headers=headers, body=answer.body[: len(answer.body) // 2])
 
 
 def _try_again() -> Answer:
@@ -236,7 +256,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     ),
     "queue-full": Scenario(
         "orders are refused because as many wait as the plan allows",
-        order=_error("Rate limit exceeded. Maximum 5 queued requests allowed.", 429, retry_after=QUEUE_FULL_SECONDS),
+        order=lambda: queue_full(5),
     ),
     "not-taken": Scenario("orders fail with the message Try Again, and no job is created", order=_try_again),
     "refused-order": Scenario(
@@ -252,5 +272,23 @@ SCENARIOS: Mapping[str, Scenario] = {
     ),
     "no-plan": _account(
         "HTTP 403: the plan does not include it", _error("This feature requires a premium subscription", 403)
+    ),
+    "lost-closed": Scenario("orders are taken, and the connection is closed without an answer", sent=_closed),
+    "lost-silent": Scenario(
+        "orders are taken, and no answer comes until the client gives up",
+        sent=lambda answer: replace(answer, lost="stalled"),
+    ),
+    "lost-cut": Scenario("orders are taken, and the answer is cut in the middle", sent=_cut),
+    "lost-502": Scenario(
+        "orders are taken, and the answer is an HTML page with HTTP 502", sent=lambda _: page_answer(502, "Bad gateway")
+    ),
+    "lost-504": Scenario(
+        "orders are taken, and the answer is an HTML page with HTTP 504",
+        sent=lambda _: page_answer(504, "Gateway time-out"),
+    ),
+    "order-cut-early": Scenario(
+        "the connection is closed before an order is read, and no job is created",
+        order=lambda: _closed(json_answer({})),
+        cut_early=True,
     ),
 }

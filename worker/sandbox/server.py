@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from worker.sandbox.answers import Answer, invalid_request, no_such_route, page_answer, parse_body
 from worker.sandbox.behaviour import DEFAULT_ORDER, Behaviour
 from worker.sandbox.calls import Calls
+from worker.sandbox.charges import Charges
 from worker.sandbox.families import API, Family, Target, request_of
 from worker.sandbox.files import OutputCache, OutputFile
 from worker.sandbox.jobs import SandboxJob
@@ -20,7 +21,7 @@ from worker.sandbox.listener import Listener
 from worker.sandbox.options import SandboxOptions
 from worker.sandbox.orders import unused_ids
 from worker.sandbox.page import render_page
-from worker.sandbox.scenarios import ScenarioName
+from worker.sandbox.scenarios import Scenario, ScenarioName
 from worker.sandbox.webhooks import call
 
 THUMBNAIL_SIZE = 128
@@ -87,6 +88,11 @@ class Sandbox:
         """The current options."""
         return self._behaviour.options
 
+    @property
+    def charges(self) -> Charges:
+        """Counts of the orders that were taken and refused."""
+        return self._behaviour.charges
+
     def options_now(self, **changes: Any) -> SandboxOptions:
         """Change options while it runs, for example `key` or `rps`. Jobs that were submitted before do not change."""
         with self._lock:
@@ -103,6 +109,11 @@ class Sandbox:
         """Answer every fetch with these answers in turn, for any job. An empty list ends it. Scripts come first."""
         with self._lock:
             self._scripts[STORM] = deque(answers)
+
+    def next_orders(self, scenario: Scenario, times: int) -> None:
+        """Use the parts `order` and `sent` of a scenario for this many of the next orders by HTTP."""
+        with self._lock:
+            self._behaviour.next_orders.extend([scenario] * times)
 
     def submit(
         self,
@@ -156,6 +167,13 @@ class Sandbox:
             answer = self._model_answer(path, body, "POST")
         self._call_webhooks()
         return answer
+
+    def cuts_order(self, path: str) -> bool:
+        """Return whether to close the connection of an order instead of reading its body."""
+        if not isinstance(request_of(path, {}), Family):
+            return False
+        with self._lock:
+            return self._behaviour.cuts_next_order()
 
     def got(self, path: str, query: str, raw: bytes = b"", key: str = "") -> Answer:
         """Answer a GET and count it."""
@@ -227,7 +245,7 @@ class Sandbox:
         with self._lock:
             jobs = self._behaviour.latest(PAGE_JOBS)
         headers = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store"}
-        return Answer(200, headers, render_page(jobs, now=now, root_url=self.root_url))
+        return Answer(200, headers, render_page(jobs, self.charges, now=now, root_url=self.root_url))
 
     def _call_webhooks(self) -> None:
         """Start the thread that calls webhooks if one is waiting and the thread does not run."""
