@@ -11,7 +11,7 @@ from worker.sandbox.families import Target
 from worker.sandbox.files import file_name
 from worker.sandbox.options import SandboxOptions
 from worker.sandbox.pictures import MIN_SIZE, draw
-from worker.sandbox.scenarios import ScenarioName, check_scenario
+from worker.sandbox.scenarios import SCENARIOS, Scenario, ScenarioName, check_scenario
 from worker.sandbox.server import Sandbox
 from worker.testing.clock import Clock
 
@@ -190,8 +190,9 @@ class FetchApi(Sandbox):
         found, but its future links work), `empty` (three successes without an output), `only-future-links`, `new-words`
         (status done, links under assets), `late-links`, `dead-links` (only proxy_links work), `gone`, `busy`, `down`,
         `rate-limit`. For every call with a key: `monthly-limit`, `no-credits`, `wrong-key`. For submissions:
-        `queue-full`, `refused-order`. `fetch-worker sandbox --help` lists all of them. Raises ValueError for an unknown
-        scenario.
+        `queue-full`, `refused-order`, and `lost-closed`, `lost-silent`, `lost-cut`, `lost-502`, `lost-504`, which take
+        the submission and lose the answer. `fetch-worker sandbox --help` lists all of them. Raises ValueError for an
+        unknown scenario.
         """
         if remote_id is None:
             self.options_now(scenarios=scenarios)
@@ -206,6 +207,27 @@ class FetchApi(Sandbox):
     def ready_after(self, seconds: float) -> None:
         """Make jobs that are submitted from now on ready after this many seconds of the test clock."""
         self.options_now(min_seconds=seconds, max_seconds=seconds)
+
+    def loses_the_answer(self, times: int = 1) -> None:
+        """Take this many of the next submissions, and close their connections without an answer.
+
+        They are charged and their jobs exist, but the app never learns their ids. A submission that is refused, for
+        example because the queue is full, does not count. Raises ValueError if `times` is less than 1.
+        """
+        self._next(SCENARIOS["lost-closed"], times)
+
+    def refuses(self, message: str, *, status: int = 400, times: int = 1) -> None:
+        """Refuse this many of the next submissions with an error and an HTTP status. Nothing is charged.
+
+        Raises ValueError if `times` is less than 1.
+        """
+        refusal = json_answer({"status": "error", "message": message}, status=status)
+        self._next(Scenario("refused by the test", order=lambda: refusal), times)
+
+    @property
+    def charged(self) -> int:
+        """How many submissions were taken, also those whose answer was lost. Ids made up by the test don't count."""
+        return self.charges.charged
 
     def asked(self, remote_id: str | int) -> int:
         """Return how often the API was asked about a job."""
@@ -232,6 +254,11 @@ class FetchApi(Sandbox):
         with self._lock:
             self._files[name] = content
         return f"{self.root_url}{PICTURES}{name}"
+
+    def _next(self, scenario: Scenario, times: int) -> None:
+        if times < 1:
+            raise ValueError(f"at least one submission is affected, not {times}")
+        self.next_orders(scenario, times)
 
     def _count_order(self, body: Mapping[str, Any]) -> None:
         self.submissions.append({name: value for name, value in body.items() if name != "key"})
