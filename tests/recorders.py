@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from sqlalchemy import Engine
 
 from tests.rows import BASE
+from worker.core.pacing.backlog import OrderBacklog
 from worker.core.pacing.policy import Pace
 from worker.polling.api_client import ApiClient
 from worker.polling.options import AfterCommit, PollOptions
@@ -30,5 +31,6 @@ def make_recorder(
         api=client(API, scrubber, timeout=5.0, connections=1),
         options=PollOptions(keys={}, rps=lambda _: 10.0, pace=pace, api_timeout=5.0, late_looks=late_looks),
         after_commit=AfterCommit(queue_downloads=lambda _: None, notify=lambda _: None),
+        backlog=OrderBacklog(),
         rng=random.Random(0),
     )

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from worker.client.jobs import get_output as get_output
     from worker.client.jobs import open_output as open_output
     from worker.client.jobs import output_url as output_url
+    from worker.client.ordering import attach as attach
+    from worker.client.ordering import order as order
     from worker.client.tracking import TrackedJob as TrackedJob
     from worker.client.tracking import track as track
     from worker.client.tracking import track_many as track_many
@@ -45,6 +47,7 @@ __path__.append(f"{__path__[0]}/deprecated")  # former import paths still work f
 
 _HOMES = {
     "worker.core.pacing.estimate": ("Progress",),
+    "worker.client.ordering": ("attach", "order"),
     "worker.client.tracking": ("TrackedJob", "track", "track_many"),
     "worker.client.jobs": ("Job", "Output", "find", "get", "get_output", "open_output", "output_url"),
     "worker.client.watching": ("changes", "wait"),

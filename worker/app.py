@@ -1,7 +1,8 @@
 """The Celery app: `celery -A worker.app worker|beat|flower`. Only Celery's settings are here; the tasks do the work.
 
 The table is the queue, and a Celery message is a hint. So no task waits in a worker's memory (no ETA, no countdown, no
-retry), only `worker.track` and `worker.get` keep their results, and every message may be lost, late or duplicated.
+retry), only `worker.track`, `worker.order` and `worker.get` keep their results, and every message may be lost, late or
+duplicated.
 """
 
 import logging
@@ -136,7 +137,11 @@ def make_app(settings: Settings) -> Celery:
         task_queues=[
             Queue(name, Exchange(name, type="direct"), routing_key=name) for name in (QUEUE, POLLS, DOWNLOADS)
         ],
-        task_routes={"worker.poll": {"queue": POLLS}, "worker.download": {"queue": DOWNLOADS}},
+        task_routes={
+            "worker.poll": {"queue": POLLS},
+            "worker.submit": {"queue": POLLS},
+            "worker.download": {"queue": DOWNLOADS},
+        },
         task_ignore_result=True,
         result_expires=TRACK_RESULT_SECONDS,
         task_serializer="json",

@@ -35,7 +35,7 @@ _LISTS = frozenset(
     | {"webhook_allowed_networks", "flower_basic_auth", "late_looks"}
 )
 # Line breaks are no error in these: JSON may have several lines, and LOG_FORMAT may be meant for the web app.
-_ANY_TEXT = frozenset({"sd_api_keys", "sd_api_rps", "sd_api_status_words", "log_format"})
+_ANY_TEXT = frozenset({"sd_api_keys", "sd_api_rps", "sd_api_slots", "sd_api_status_words", "log_format"})
 DOTENV_SWITCH = "FETCH_WORKER_DOTENV"  # "off" under `up` and `demo`, which pass the whole environment to each process
 
 

@@ -1,21 +1,28 @@
 """The Celery tasks: thin functions with stable names. Each may run twice, late or never without harm."""
 
+import secrets
 import time
 from contextlib import AbstractContextManager
 from typing import Any
 
-from celery.exceptions import Reject
 from celery.utils.log import get_task_logger
 
 from worker.app import HINT_EXPIRES_SECONDS, app, settings
-from worker.client import actions, jobs, tracking
+from worker.client import actions, jobs, ordering, tracking
 from worker.core.humanize import format_count
-from worker.errors import NotTrackable, SchemaOutdated, Unavailable, WorkerError
+from worker.errors import WorkerError
+from worker.process.insertion import insert_once
 from worker.process.publishing import log_broker_errors
-from worker.process.redelivery import DELIVERIES_MOST, TooManyDeliveries, remote_id_of
 from worker.process.resources import process_resources
-from worker.process.runs import DATABASE_AWAY_SECONDS, DATABASE_ERRORS, ProgressEvents, run_polls, run_prune, run_sweep
-from worker.process.transport_guard import quote_for_log
+from worker.process.runs import (
+    DATABASE_AWAY_SECONDS,
+    DATABASE_ERRORS,
+    ProgressEvents,
+    run_orders,
+    run_polls,
+    run_prune,
+    run_sweep,
+)
 from worker.store.audit import SOURCE_HEADER, WHO_HEADER
 from worker.store.engine import describe_error
 from worker.system.who import acting
@@ -27,31 +34,20 @@ log = get_task_logger(__name__)
 @app.task(name="worker.track", bind=True, ignore_result=False, acks_late=True, throws=(WorkerError,))
 def track(self: Any, remote: Any, **options: Any) -> int:
     """Insert the job once. The result is the job's id."""
-    resources = process_resources()
-    redelivered = bool((self.request.delivery_info or {}).get("redelivered"))
-    try:
-        with resources.deliveries.counted(self.request.id, redelivered=redelivered):
-            tracked = tracking.track(remote, **options)
-        resources.outage.over()
-    except (Unavailable, SchemaOutdated):
-        resources.outage.wait(resources.stopping)
-        raise Reject("the database is away", requeue=True) from None
-    except TooManyDeliveries:
-        log.error(
-            "message rejected, its process died at each delivery remote=%s size=%s deliveries=%s",
-            *(quote_for_log(resources.scrubber.text(remote_id_of(remote))), len(str(remote)), DELIVERIES_MOST),
-        )
-        raise Reject("its process died at each delivery", requeue=False) from None
-    except TypeError as error:
-        raise NotTrackable(process_resources().scrubber.text(f"worker.track was called wrongly: {error}")) from None
-    except WorkerError as error:
-        raise type(error)(process_resources().scrubber.text(str(error))) from None
+    tracked = insert_once(self, lambda: tracking.track(remote, **options), remote=remote)
     if tracked.created:
         address = {name: options.get(name) for name in ("fetch_url", "endpoint")}
         planned = planned_job(remote, settings.api, **address, status_words=settings.status_words)
         if planned.submission.outputs:  # the job is ready at once: only a sweep finds its outputs
             log_broker_errors("sweep", lambda: sweep.apply_async(expires=HINT_EXPIRES_SECONDS))
     return int(tracked)
+
+
+@app.task(name="worker.order", bind=True, ignore_result=False, acks_late=True, throws=(WorkerError,))
+def order(self: Any, endpoint: Any, payload: Any, **options: Any) -> int:
+    """Insert the order once, however often the message is delivered. The result is the job's id."""
+    key = f"task:{self.request.id or secrets.token_hex(16)}"[:64]
+    return int(insert_once(self, lambda: ordering.order_once(key, endpoint, payload, options), remote=endpoint))
 
 
 @app.task(name="worker.get", ignore_result=False, throws=(WorkerError,))
@@ -100,6 +96,15 @@ def poll(self: Any) -> str:
     summary, more = run_polls(ProgressEvents(self.request))
     if more and not process_resources().stopping.is_set():
         log_broker_errors("poll", lambda: poll.apply_async(expires=HINT_EXPIRES_SECONDS))
+    return summary
+
+
+@app.task(name="worker.submit")
+def submit() -> str:
+    """Send orders until none can be sent for a second. If more can be sent after ten seconds, publish the next task."""
+    summary, more = run_orders()
+    if more and not process_resources().stopping.is_set():
+        log_broker_errors("submit", lambda: submit.apply_async(expires=HINT_EXPIRES_SECONDS))
     return summary
 
 

@@ -18,6 +18,7 @@ from tests.acceptance.engine import budget, dripping_api, million_rows, two_acco
 from tests.acceptance.families import families
 from tests.acceptance.jobs import Size
 from tests.acceptance.main_job import kills, main_job, track_races
+from tests.acceptance.orders import orders, orders_faults
 from tests.acceptance.pace import pace
 from tests.acceptance.prune import prune
 from tests.acceptance.recovery import recovery, restarts
@@ -56,6 +57,8 @@ def programs(options: argparse.Namespace) -> Mapping[str, Program]:
         "recovery": lambda home: recovery(installation, home, options.kills, options.recovery_seconds),
         "restarts": lambda home: restarts(installation, home),
         "webhooks": lambda home: webhooks(installation, home, small),
+        "orders": lambda home: orders(installation, home, size),
+        "orders-faults": lambda home: orders_faults(installation, home, size, options.order_kills),
         "families": lambda home: families(installation, home),
         "celery-user": lambda home: celery_user(installation, home, small),
     }
@@ -83,6 +86,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=500)
     parser.add_argument("--slowest", type=float, default=10.0, help="the longest a job takes, in seconds")
     parser.add_argument("--kills", type=int, default=2)
+    parser.add_argument("--order-kills", type=int, default=5, help="of orders-faults")
     parser.add_argument("--rows", type=int, default=1_000_000, help="of million-rows, prune and admin")
     parser.add_argument("--page-milliseconds", type=float, default=300.0, help="longest time for a page of admin")
     parser.add_argument("--minutes", type=float, default=10.0, help="of million-rows")

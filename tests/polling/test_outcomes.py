@@ -15,6 +15,7 @@ from tests.polling.polls import KEY, Polls, scripted, submitted
 from tests.rows import NOW, seconds
 from worker.core.circuit_breaker import CircuitBreaker
 from worker.core.lifecycle import EMPTY_ANSWERS, AskAgain, EndJob, Strikes
+from worker.core.pacing.backlog import OrderBacklog
 from worker.core.pacing.policy import Pace, PaceModel
 from worker.core.reply import ApiDown, ApiError, Empty, Link, Processing, Ready, Reply
 from worker.polling import duration_learner
@@ -143,7 +144,7 @@ def learner(tmp_path: Path, migrated_sqlite: Path) -> Iterator[DurationLearner]:
 @pytest.fixture
 def outcomes(learner: DurationLearner) -> Outcomes:
     """Decisions whose waits do not depend on what was learned: about 1.5 s after the first poll."""
-    return Outcomes(learner, Pace("exponential", 0.5, 0.0), random.Random(0))
+    return Outcomes(learner, Pace("exponential", 0.5, 0.0), OrderBacklog(), random.Random(0))
 
 
 def strikes_of(outcome: Outcome) -> Strikes:

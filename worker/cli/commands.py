@@ -18,6 +18,7 @@ ANYWHERE = ("doctor", "demo", "sandbox", "docs")  # these import no `worker` fro
 
 COMMANDS = {
     "admin": LazyCommand("worker.cli.admin:admin", "Serve the admin page for operators."),
+    "attach": LazyCommand("worker.cli.order:attach", "Name the remote job of an uncertain order."),
     "cancel": LazyCommand("worker.cli.change_jobs:cancel", "Cancel jobs."),
     "compare-api": LazyCommand("worker.cli.compare:compare_api", "Compare answers of the API and of the stand-in."),
     "copy-database": LazyCommand(
@@ -35,6 +36,9 @@ COMMANDS = {
         "worker.cli.move_storage:move_storage", "Move stored outputs to the storage of STORAGE_URL."
     ),
     "notify": LazyCommand("worker.cli.notify:notify", "Send the webhooks of jobs again."),
+    "order": LazyCommand(
+        "worker.cli.order:order", "Order a job: the workers send it to the API, ask about it, and store its outputs."
+    ),
     "parse": LazyCommand("worker.cli.parse:parse", "Show how the worker reads an answer of the API."),
     "prune": LazyCommand("worker.cli.prune:prune", "Remove finished jobs of a minimum age."),
     "resume": LazyCommand("worker.cli.change_jobs:resume", "Continue jobs at once."),

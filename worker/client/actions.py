@@ -28,7 +28,10 @@ def cancel(job_id: int) -> bool:
 
 
 def retry(job_id: int) -> bool:
-    """Retry a failed or expired job at once. Return False if it is in another state. Raises JobNotFound."""
+    """Retry a failed or expired job at once, or send an uncertain order again. Return False in another state.
+
+    An uncertain order may then be paid for twice. Raises JobNotFound.
+    """
     settings = cached_settings()
     with transaction(settings) as connection:
         job_id = existing_job(connection, job_id)

@@ -36,9 +36,9 @@ JOB_ACTIONS: Mapping[str, JobAction] = MappingProxyType({
     action.name: action
     for action in (
         JobAction("retry", "Failed and expired jobs are tried again at once, with a new deadline.",
-            "retried", "neither failed nor expired", retry, ("failed", "expired")),
+            "retried", "neither failed nor expired", retry, ("failed", "expired", "uncertain")),
         JobAction("cancel", "The jobs end; their stored files stay. This can't be undone.",
-            "cancelled", "already final", cancel, ("pending", "downloading")),
+            "cancelled", "already final", cancel, ("ordered", "uncertain", "pending", "downloading")),
         JobAction("hold", "The jobs are not polled until they are resumed. Only pending jobs can be held.",
             "held", "not pending or already held", hold, ("pending",)),
         JobAction("resume", "Held and waiting jobs, and jobs of a dead process, continue at once.",

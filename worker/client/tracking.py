@@ -1,10 +1,10 @@
 """Track jobs: `track` and `track_many`."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 from zlib import crc32
 
@@ -25,6 +25,8 @@ from worker.system.redaction import Scrubber, shared_scrubber
 from worker.vendor.submissions import PlannedJob, planned_job, submit_answer
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SOON_SECONDS = 1.0  # a poll run that waits checks for due jobs at least this often
 
@@ -250,20 +252,32 @@ def _scrubbed(scrubber: Scrubber, remote: object) -> object:
 
 def commit_planned(settings: Settings, planned: PlannedJobs) -> list[TrackedJob]:
     """Insert jobs in a transaction of their own, and wake the workers if one is due soon."""
-    with transaction(settings) as connection:
-        tracked, due_soon = _insert(connection, settings, planned)
-    if due_soon:
-        wake(settings)  # after the commit: the rows must be there
-    return tracked
+    return commit(settings, lambda connection: _insert(connection, settings, planned))
 
 
 def insert_planned(session: TrackingSession | Connection, settings: Settings, planned: PlannedJobs) -> list[TrackedJob]:
     """Insert jobs in the transaction of a session, and wake the workers after its commit if one is due soon."""
+    return insert_in_session(session, settings, lambda connection: _insert(connection, settings, planned))
+
+
+def commit(settings: Settings, write: Callable[[Connection], tuple[T, bool]]) -> T:
+    """Write in a transaction of its own. `write` returns its result, and whether the workers are woken afterwards."""
+    with transaction(settings) as connection:
+        result, due_soon = write(connection)
+    if due_soon:
+        wake(settings)  # after the commit: the rows must be there
+    return result
+
+
+def insert_in_session(
+    session: TrackingSession | Connection, settings: Settings, write: Callable[[Connection], tuple[T, bool]]
+) -> T:
+    """Write in the transaction of a session. If `write` says so, the workers are woken after its commit."""
     connection = session_connection(session)
     current_workers().check_database(connection)
     try:
         with translate_errors(connection.engine.url):
-            tracked, due_soon = _insert(connection, settings, planned)
+            result, due_soon = write(connection)
     except SchemaOutdated:
         if same_database(connection.engine.url, settings.database):
             raise
@@ -274,7 +288,7 @@ def insert_planned(session: TrackingSession | Connection, settings: Settings, pl
         ) from None
     if due_soon:
         wake_after_commit(session)
-    return tracked
+    return result
 
 
 def _insert(connection: Connection, settings: Settings, planned: PlannedJobs) -> tuple[list[TrackedJob], bool]:

@@ -15,6 +15,7 @@ from worker.configuration.api_keys import ApiKeys, parse_keys
 from worker.configuration.setting_types import SettingsGroup, items, readable_by
 from worker.core.identity import ACCOUNT
 from worker.core.learned_rate import RequestRates
+from worker.core.slots import MAX_SLOTS
 from worker.errors import NotTrackable
 from worker.system.locked_cache import locked_property
 from worker.vendor.fetch_url import VENDOR_HOSTS, AllowedApi, api_host
@@ -22,6 +23,7 @@ from worker.vendor.status_words import parse_status_words
 
 DEFAULT_RPS = 10.0
 MAX_RPS = 1_000_000.0
+ORDER_TIMEOUTS = 5  # with the default, 100 s: the network in front of the API ends each request then
 _HOST = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 
 
@@ -63,6 +65,22 @@ def _rate(value: object) -> float:
     return rate
 
 
+def _slots(text: str) -> Mapping[str, int]:
+    """Return the number of slots by account; `*` means all others. Raises ValueError."""
+    if not text:
+        return {}
+    try:
+        by_account = json.loads(text) if text.startswith("{") else {"*": int(text)}
+        slots = {str(account): number for account, number in by_account.items()}
+    except (ValueError, AttributeError):
+        raise ValueError('must be a whole number, or JSON such as {"shop": 15, "*": 5}') from None
+    if not all(isinstance(number, int) and 0 < number <= MAX_SLOTS for number in slots.values()):
+        raise ValueError(f"must have whole numbers from 1 to {MAX_SLOTS:,}")
+    if not all(account == "*" or ACCOUNT.fullmatch(account) for account in slots):
+        raise ValueError('has an invalid account name; for example {"shop": 15, "*": 5}')
+    return slots
+
+
 def _existing(path: str) -> None:
     if not Path(path).exists():
         raise ValueError("must be an existing file or folder of certificates")
@@ -84,6 +102,8 @@ class ApiSettings(SettingsGroup):
     sd_api_hosts: Annotated[str, readable_by(_hosts)] = ""
     sd_api_rps: Annotated[RequestRates, BeforeValidator(_rates)] = RequestRates(DEFAULT_RPS)
     sd_api_timeout: float = Field(default=20.0, gt=0, le=3_600)
+    sd_api_order_timeout: float | None = Field(default=None, gt=0, le=3_600)
+    sd_api_slots: Annotated[str, readable_by(_slots)] = ""
     sd_api_status_words: Annotated[str, readable_by(parse_status_words)] = "{}"
     sd_api_ca_bundle: Annotated[str, readable_by(_existing)] | None = None
     sd_api_proxy: Annotated[SecretStr, readable_by(_proxy)] | None = None
@@ -101,6 +121,19 @@ class ApiSettings(SettingsGroup):
     def rps(self, account: str) -> float:
         """Return the requests per second that the account may make, for all processes together."""
         return self.sd_api_rps.of(account)
+
+    def slots(self, account: str) -> int | None:
+        """Return how many orders of the account may wait at the API. None: start at the default and learn."""
+        return self._slots_by_account.get(account, self._slots_by_account.get("*"))
+
+    @cached_property
+    def _slots_by_account(self) -> Mapping[str, int]:
+        return _slots(self.sd_api_slots)
+
+    @property
+    def order_timeout(self) -> float:
+        """The seconds for one whole order: an order may be answered only when its picture is ready."""
+        return self.sd_api_timeout * ORDER_TIMEOUTS if self.sd_api_order_timeout is None else self.sd_api_order_timeout
 
     @cached_property
     def api(self) -> AllowedApi:

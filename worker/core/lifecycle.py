@@ -1,5 +1,6 @@
 """Decide about a job after an answer, and about an output after a download attempt. Pure; the store applies them.
 
+An order:  ordered → pending | downloading | failed | cancelled | uncertain;  uncertain → pending | ordered | cancelled
 A job:     pending → downloading → completed | failed | cancelled;  pending → failed | expired | cancelled
 An output: pending → stored | failed
 """
@@ -26,15 +27,22 @@ from worker.core.reply import (
     Unread,
 )
 
-JobStatus = Literal["pending", "downloading", "completed", "failed", "expired", "cancelled"]
-JOB_STATES: tuple[JobStatus, ...] = ("pending", "downloading", "completed", "failed", "expired", "cancelled")
+JobStatus = Literal["ordered", "uncertain", "pending", "downloading", "completed", "failed", "expired", "cancelled"]
+JOB_STATES: tuple[JobStatus, ...] = (
+    "ordered", "uncertain", "pending", "downloading", "completed", "failed", "expired", "cancelled",
+)  # fmt: skip
+ORDER_STATES: tuple[JobStatus, ...] = ("ordered", "uncertain")  # the API has not named the job yet
 FINAL_STATES: frozenset[str] = frozenset({"completed", "failed", "expired", "cancelled"})
 OUTPUT_STATES = ("pending", "stored", "failed")
 EVENT_STATES = ("pending", "delivered", "failed")  # of webhook events
 
 CRASHED = "worker_crash"  # the error code of a job or output that ended its process again and again
 PRUNED = "pruned"  # the error code of an output that is being removed together with its job
-JOB_CODES = ("api_error", "api_failed", "expired", "no_output", "not_found", "output_failed", "unwritable", CRASHED)
+ORDER_CODES = ("bad_request", "moderated", "unknown_model", "refused", "duplicate_id")  # of orders that failed
+JOB_CODES = (
+    "api_error", "api_failed", "expired", "no_output", "not_found", "output_failed", "unwritable", CRASHED,
+    *ORDER_CODES,
+)  # fmt: skip
 OUTPUT_CODES = (
     "cancelled", "gone", "http_error", "not_media", PRUNED, "refused_address", "storage", "too_large", "truncated",
     "unreachable", CRASHED,

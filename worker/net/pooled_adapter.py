@@ -24,7 +24,7 @@ from typing import TypeVar, cast
 from requests import exceptions
 from urllib3.exceptions import ConnectTimeoutError, HTTPError
 from urllib3.exceptions import SSLError as TlsError
-from urllib3.util import parse_url
+from urllib3.util import make_headers, parse_url
 
 from worker.core.urls import split
 from worker.net.deadlines import (
@@ -55,6 +55,14 @@ DEAD_CONNECTION_ERRORS = (
     ssl.SSLEOFError,
     ssl.SSLZeroReturnError,
 )
+
+
+class NothingSent(Exception):
+    """No whole request reached the server. `reason` is the error of the connection."""
+
+    def __init__(self, reason: exceptions.RequestException) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 class PooledAdapter(TimedAdapter):
@@ -95,6 +103,43 @@ class PooledAdapter(TimedAdapter):
         else:
             connection.close()
         return answer
+
+    def post_once(
+        self, url: str, headers: Mapping[str, str], body: bytes, timeout: tuple[float, float], proxy: str | None = None
+    ) -> WholeAnswer:
+        """Send one POST over a new connection, never twice, and return the whole response.
+
+        Raises NothingSent if no whole request reached the server: the caller may repeat it. Raises the errors of
+        `post` if the request was sent whole, so that the server may have acted on it. A pooled connection is not used:
+        if the server closes it meanwhile, the two cases look the same.
+        """
+        if not PLAIN_URL.fullmatch(url):
+            raise exceptions.InvalidURL("the address is malformed")
+        scheme, _, after_scheme = url.partition("://")
+        site, _, path = after_scheme.partition("/")
+        request = _request_bytes("POST", f"/{path}", site, {**headers, "Connection": "close"}, body)
+        connection = self._connection_to((scheme, *_host_and_port(site)), float(timeout[0]), proxy)
+        try:
+            try:
+                connection.connect()
+                check_permit()
+            except (HTTPError, HTTPException, OSError) as error:
+                raise NothingSent(_as_requests_error(error)) from error
+            sock = cast("socket.socket", connection.sock)
+            sock.settimeout(float(timeout[1]))
+            failure: OSError | None = None
+            try:
+                sock.sendall(request)
+            except OSError as error:  # the server may have answered before it read the whole request
+                failure = error
+            try:
+                return read_whole(sock, self._limit)
+            except (HTTPException, OSError, ValueError) as error:
+                if failure is not None:
+                    raise NothingSent(_as_requests_error(failure)) from failure
+                raise _as_requests_error(error) from error
+        finally:
+            connection.close()
 
     @contextmanager
     def exchange(
@@ -183,6 +228,18 @@ class PooledAdapter(TimedAdapter):
         with suppress(IndexError):
             while connections:
                 connections.pop()[0].close()
+
+    def _connection_to(self, origin: Origin, timeout: float, proxy: str | None) -> Connection:
+        """Return a new connection to a server, through a tunnel of the proxy if there is one."""
+        if proxy is None:
+            return self._new_connection(origin, timeout)
+        scheme, host, port = origin
+        parts = parse_url(proxy)
+        own_scheme = "https" if scheme == "https" else "http"
+        connection = self._new_connection((own_scheme, (parts.host or "").strip("[]"), parts.port or 80), timeout)
+        credentials = make_headers(proxy_basic_auth=parts.auth) if parts.auth else {}
+        connection.set_tunnel(host, port or (443 if scheme == "https" else 80), headers=credentials, scheme="http")
+        return connection
 
     def _new_connection(self, origin: Origin, timeout: float) -> Connection:
         scheme, host, port = origin

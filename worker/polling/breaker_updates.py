@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from typing import Protocol
 
 from sqlalchemy import Connection
 
@@ -13,16 +14,55 @@ from worker.coordination.rate_limiter import RateLimiter
 from worker.core import circuit_breaker
 from worker.core.circuit_breaker import BreakerInput, CircuitBreaker, RateMeasurement, Scope
 from worker.core.identity import FetchAddress
-from worker.core.reply import ApiDown, Processing, RateLimited
+from worker.core.reply import ApiDown, Processing, RateLimited, Reply
 from worker.polling.request_pool import PollAnswer
 from worker.store.breakers import locked_breaker, save_breaker
 
 log = logging.getLogger(__name__)
 
+
+class AddressedJob(Protocol):
+    """What an answer is about: a job or an order of an account, at the host of its address."""
+
+    @property
+    def account(self) -> str:
+        """The account whose key was used."""
+        ...
+
+    @property
+    def address(self) -> FetchAddress:
+        """The address, of which only the host counts here."""
+        ...
+
+
+class BreakerAnswer(Protocol):
+    """An answer, when its request was sent by the monotonic clock, and whether it was a probe."""
+
+    @property
+    def job(self) -> AddressedJob:
+        """What the answer is about."""
+        ...
+
+    @property
+    def reply(self) -> Reply:
+        """Its meaning."""
+        ...
+
+    @property
+    def probe(self) -> bool:
+        """Whether the request was a probe."""
+        ...
+
+    @property
+    def sent(self) -> float:
+        """When the request was sent."""
+        ...
+
+
 Breakers = dict[tuple[Scope, str], CircuitBreaker]
 
 
-def count_accepted(budget: RateLimiter, answers: Sequence[PollAnswer]) -> dict[str, float]:
+def count_accepted(budget: RateLimiter, answers: Sequence[BreakerAnswer]) -> dict[str, float]:
     """Count the requests that the API accepted. Return how many per second it accepts of each account."""
     accepted: Counter[str] = Counter()
     for answer in answers:
@@ -45,7 +85,7 @@ def mark_own_path_error(answer: PollAnswer, default_address: Callable[[str], Fet
 
 def update_breakers(
     connection: Connection,
-    answers: Sequence[PollAnswer],
+    answers: Sequence[BreakerAnswer],
     known_breakers: Breakers,
     rps: Callable[[str], float],
     accepted_rates: Mapping[str, float],
@@ -74,9 +114,9 @@ def update_breakers(
     return changed
 
 
-def _answers_by_breaker(answers: Sequence[PollAnswer]) -> dict[tuple[Scope, str], list[PollAnswer]]:
+def _answers_by_breaker(answers: Sequence[BreakerAnswer]) -> dict[tuple[Scope, str], list[BreakerAnswer]]:
     """Return the answers that concern each circuit breaker. Of equal consecutive "not ready" answers one is enough."""
-    by_breaker: dict[tuple[Scope, str], list[PollAnswer]] = {}
+    by_breaker: dict[tuple[Scope, str], list[BreakerAnswer]] = {}
     for answer in answers:
         keys: tuple[tuple[Scope, str], ...] = (("account", answer.job.account), ("host", answer.job.address.host))
         for key in keys:

@@ -52,3 +52,4 @@ class AfterCommit:
 
     queue_downloads: Callable[[Sequence[int]], None]  # of outputs
     notify: Callable[[Sequence[int]], None]  # of final jobs
+    slots_freed: Callable[[], object] = lambda: None  # jobs are not at the API any more: orders may be sent

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from datetime import datetime, timedelta
 
 from worker.core.lifecycle import AskAgain, EndJob, JobDecision, JobFacts, after_answer, note_of
+from worker.core.pacing.backlog import OrderBacklog
 from worker.core.pacing.policy import Pace, PacedJob
 from worker.core.reply import ApiDown, ApiError, Empty, Processing, Ready, Reply, Unread
 from worker.polling.breaker_updates import Breakers
@@ -22,9 +23,10 @@ MOVED = Unread("HTTP 404: the API has no such path; SD_API_URL was corrected and
 class Outcomes:
     """Decides about the answers of one poller, and learns from them how long jobs take. Not thread-safe."""
 
-    def __init__(self, learner: DurationLearner, pace: Pace, rng: random.Random) -> None:
+    def __init__(self, learner: DurationLearner, pace: Pace, backlog: OrderBacklog, rng: random.Random) -> None:
         self._learner = learner
         self._pace = pace
+        self._backlog = backlog
         self._min_interval = timedelta(seconds=pace.min_wait)
         self._rng = rng
         self._unlearned: list[PollAnswer] = []
@@ -70,7 +72,7 @@ class Outcomes:
         eta = _changed_eta(job, reply)
         waiting = _paced_job(job, (now - job.submitted_at).total_seconds(), not_ready=not_ready, eta=eta, now=now)
         model = self._learner.model(job.account, job.kind)
-        plan = self._pace.next(waiting, model, spread=self._rng.random())
+        plan = self._backlog.pace(self._pace, job.account).next(waiting, model, spread=self._rng.random())
         if isinstance(reply, ApiDown):
             plan = plan._replace(wait=max(plan.wait, TROUBLE_WAIT * (1 + self._rng.random())))
         elif isinstance(reply, ApiError) and reply.vague:

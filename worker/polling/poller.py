@@ -18,6 +18,7 @@ from sqlalchemy import Engine
 from worker.coordination.leases import LeaseKeeper
 from worker.coordination.rate_limiter import RateLimiter
 from worker.core.answer_names import describe_answers
+from worker.core.pacing.backlog import OrderBacklog
 from worker.core.reply import ApiReply, Reply
 from worker.polling.answer_rate import AnswerRate
 from worker.polling.api_client import ApiClient
@@ -69,8 +70,10 @@ class Poller:
         leases: LeaseKeeper,
         options: PollOptions,
         after_commit: AfterCommit,
+        backlog: OrderBacklog | None = None,
         rng: random.Random | None = None,
     ) -> None:
+        backlog = backlog or OrderBacklog()
         rng = rng or random.Random()  # spreads polls in time and places over accounts; not used for security
         self._api = api
         self._budget = budget
@@ -85,7 +88,9 @@ class Poller:
         self._views = ViewReader(engine, options.keys)
         self._pool = RequestPool(self._ask, threads=options.threads)
         self._claims = JobClaims(engine, api, leases, api_timeout=options.api_timeout, rng=rng)
-        self._recorder = Recorder(engine=engine, api=api, options=options, after_commit=after_commit, rng=rng)
+        self._recorder = Recorder(
+            engine=engine, api=api, options=options, after_commit=after_commit, backlog=backlog, rng=rng
+        )
         self._claimer = Claimer(
             api=api,
             budget=budget,

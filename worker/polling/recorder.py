@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+from worker.core.pacing.backlog import OrderBacklog
 from worker.polling.answer_writer import AnswerWriter, Written
 from worker.polling.api_client import ApiClient
 from worker.polling.breaker_updates import Breakers
@@ -38,14 +39,16 @@ class Recorder:
         api: ApiClient,
         options: PollOptions,
         after_commit: AfterCommit,
+        backlog: OrderBacklog,
         rng: random.Random,
     ) -> None:
         self._batches = engine.execution_options(**{LOCK_WAIT: options.batch_patience})
         self._single = engine.execution_options(**{LOCK_WAIT: SINGLE_PATIENCE})
         self._learner = DurationLearner(engine)
-        self._outcomes = Outcomes(self._learner, options.pace, rng)
+        self._outcomes = Outcomes(self._learner, options.pace, backlog, rng)
         self._writer = AnswerWriter(api, options, self._outcomes)
         self._after_commit = after_commit
+        self._backlog = backlog
         self._locked_seconds = options.locked_seconds
         self._waiting: list[PollAnswer] = []
         self._locked: list[PollAnswer] = []
@@ -151,6 +154,8 @@ class Recorder:
             self._outcomes.forget_delays()
         self._after_commit.queue_downloads(written.recorded.outputs)  # after the commit: the rows must be there
         self._after_commit.notify(written.recorded.finished)
+        if self._backlog.accounts and (written.recorded.outputs or written.recorded.finished):
+            self._after_commit.slots_freed()
         return written.recorded.lost
 
     def _quarantine(self, answer: PollAnswer, error: Exception) -> bool:

@@ -25,8 +25,10 @@ from worker.process.other_workers import remember_database, warn_about_foreign_w
 from worker.process.registration import Registration
 from worker.process.resources import process_resources
 from worker.process.runs import (
+    orders_needed,
     probe_keys,
     run_housekeeping,
+    run_orders,
     run_polls,
     run_sweep,
     run_webhooks,
@@ -42,6 +44,8 @@ log = get_logger(__name__)
 LOOK_SECONDS = 0.1
 KEYS_SECONDS = 0.25  # between two looks for changed keys
 WATCH_SECONDS = 0.02
+ORDER_LOOK_SECONDS = 1.0
+ORDER_SILENCE_SECONDS = 2.0
 SILENCE_SECONDS = 0.03
 SWEEP_LOOK_SECONDS = 2.0
 DATABASE_WAIT_SECONDS = 2.0
@@ -91,7 +95,12 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
         if POLLS not in worker.app.amqp.queues.consume_from:
             return
         process_resources().ticks = True
-        for target in (self._poll, self._sweep, *((self._deliver_webhooks,) if settings.webhook_secrets else ())):
+        for target in (
+            self._poll,
+            self._submit,
+            self._sweep,
+            *((self._deliver_webhooks,) if settings.webhook_secrets else ()),
+        ):
             self._threads.append(threading.Thread(target=target, name=f"ticker{target.__name__}", daemon=True))
             self._threads[-1].start()
 
@@ -99,7 +108,7 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
         """Stop the loops. Wait for the requests in flight, as long as a request may take."""
         watchdog.ignore_all()
         self._stop.set()
-        until = time.monotonic() + settings.sd_api_timeout + STOP_MARGIN_SECONDS
+        until = time.monotonic() + max(settings.sd_api_timeout, settings.order_timeout) + STOP_MARGIN_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
         if self._registration is not None:
@@ -125,6 +134,27 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
                 never_raise(watch_due_work)
         if poller.busy:
             never_raise(run_polls)  # claims no more jobs, but records the outstanding answers
+
+    def _submit(self) -> None:
+        """Request a run of orders when some can be sent. If none starts, send them here."""
+        resources = process_resources()
+        submitter, loop = resources.submitter, Loop()
+        watchdog.watch("the order loop", lambda: None if submitter.running else loop())
+        needed_since: float | None = None
+        while not self._stop.is_set():
+            loop.beat()
+            submitter.wait(ORDER_LOOK_SECONDS)
+            if submitter.running or not orders_needed():
+                needed_since = None
+                continue
+            needed_since = needed_since or time.monotonic()
+            if time.monotonic() - needed_since > ORDER_SILENCE_SECONDS:
+                never_raise(run_orders)
+            else:
+                resources.run_requests.request("worker.submit")
+                self._stop.wait(LOOK_SECONDS)
+        if submitter.busy:
+            never_raise(run_orders)  # sends no more orders, but records the outstanding answers
 
     def _sweep(self) -> None:
         loop = Loop()

@@ -12,6 +12,7 @@ from worker.errors import SettingsError
 from worker.store.claims import claim_holders
 from worker.store.engine import database_now
 from worker.store.events import release_events
+from worker.store.order_results import ReleasedOrders, release_orders_of
 from worker.store.reaper import Released, release_crashed
 from worker.system.process_identity import dead_holders
 
@@ -35,7 +36,16 @@ def release_dead_claims(connection: Connection) -> Released:
         return NOTHING_HELD
     now = database_now(connection)
     release_events(connection, dead_processes, due_at=now)
+    log_uncertain(release_orders_of(connection, dead_processes, now=now))
     return release_crashed(connection, dead_processes, now=now, sent=sent_by(sent_folder(), dead_processes))
+
+
+def log_uncertain(released: ReleasedOrders) -> None:
+    """Log the orders that are sent again, and those that are uncertain."""
+    if released.due:
+        log.warning("orders of lost processes are sent again jobs=%s", released.due)
+    if released.uncertain:
+        log.error("orders are uncertain, their process was lost after sending jobs=%s", released.uncertain)
 
 
 def log_released(released: Released) -> None:

@@ -14,14 +14,19 @@ from worker.coordination.publisher import Publisher
 from worker.coordination.rate_limiter import RateLimiter, redis_client
 from worker.coordination.sent_requests import SentRequests, old_files, processes_with_files, remove_files
 from worker.coordination.wakeups import listen
+from worker.core.pacing.backlog import OrderBacklog
 from worker.core.queues import DOWNLOADS, POLLS
 from worker.downloads.downloader import Downloader
 from worker.downloads.options import download_options
 from worker.errors import WorkerError
 from worker.net.address_guard import Guard, guarded_adapter
+from worker.net.pooled_adapter import PooledAdapter
 from worker.notify.on_done import notify
 from worker.notify.webhook_sender import WebhookSender
 from worker.notify.webhooks import MAX_DELIVERIES, Webhooks
+from worker.ordering.options import AfterRecording, order_options
+from worker.ordering.order_client import MAX_ANSWER_BYTES, OrderClient
+from worker.ordering.submitter import Submitter
 from worker.polling.api_client import ApiClient
 from worker.polling.late_looks import LateLooks
 from worker.polling.options import MAX_IN_FLIGHT, AfterCommit, poll_options
@@ -91,6 +96,11 @@ class ProcessResources:
         )
 
     @locked_property
+    def backlog(self) -> OrderBacklog:
+        """How many orders wait for a slot."""
+        return OrderBacklog()
+
+    @locked_property
     def poller(self) -> Poller:
         """Polls jobs, and listens for wake-ups."""
         poller = Poller(
@@ -104,12 +114,43 @@ class ProcessResources:
                     self.publisher.send("downloads", lambda: queue_downloads(ids)) if ids else None
                 ),
                 notify=lambda ids: self.publisher.send("on_done", lambda: self.notify(ids)) if ids else None,
+                slots_freed=lambda: self.submitter.wake(),
             ),
+            backlog=self.backlog,
         )
-        listen(settings.redis, poller.wake)
+        listen(settings.redis, self._wake)
         if self.stopping.is_set():
             poller.stop()
         return poller
+
+    def _wake(self) -> None:
+        """Look for due jobs and orders at once."""
+        self.poller.wake()
+        self.submitter.wake()
+
+    @locked_property
+    def submitter(self) -> Submitter:
+        """Sends orders."""
+        options = order_options(settings)
+        adapter = PooledAdapter(limit=MAX_ANSWER_BYTES, connections=1, ca_bundle=settings.ca_bundle)
+        submitter = Submitter(
+            engine=self.engine,
+            client=OrderClient(options, self.scrubber, adapter),
+            budget=RateLimiter(settings.redis),
+            leases=self.leases,
+            options=options,
+            backlog=self.backlog,
+            after=AfterRecording(
+                poll=lambda: self.poller.wake(),
+                queue_downloads=lambda ids: (
+                    self.publisher.send("downloads", lambda: queue_downloads(ids)) if ids else None
+                ),
+                notify=lambda ids: self.publisher.send("on_done", lambda: self.notify(ids)) if ids else None,
+            ),
+        )
+        if self.stopping.is_set():
+            submitter.stop()
+        return submitter
 
     @locked_property
     def late_looks(self) -> LateLooks:
@@ -196,7 +237,7 @@ class ProcessResources:
         gc.freeze()
         gc.set_threshold(*GARBAGE_THRESHOLDS)
         if POLLS in queues:
-            _ = self.poller, self.publisher, self.run_requests
+            _ = self.poller, self.submitter, self.publisher, self.run_requests
             if settings.webhook_secrets:
                 _ = self.webhooks
         if DOWNLOADS in queues:
@@ -205,7 +246,11 @@ class ProcessResources:
     def stop(self) -> None:
         """Start nothing new. Safe in a signal handler: it makes no resource."""
         self.stopping.set()
-        for name in ("poller", "late_looks"):  # a resource that is just being made checks `stopping` itself
+        for name in (
+            "poller",
+            "submitter",
+            "late_looks",
+        ):  # a resource that is just being made checks `stopping` itself
             resource = self.__dict__.get(name)
             if resource is not None:
                 resource.stop()

@@ -1,4 +1,4 @@
-"""Requests a run of polls or a sweep by a message, so that monitors show it as a task.
+"""Requests a run of polls or orders, or a sweep, by a message, so that monitors show it as a task.
 
 All processes notice the same work. A key in Redis, which expires soon, makes one of them send the message.
 """
@@ -15,7 +15,7 @@ from worker.process.publishing import log_broker_errors
 
 log = logging.getLogger(__name__)
 
-QUEUES = {"worker.poll": POLLS, "worker.sweep": QUEUE}
+QUEUES = {"worker.poll": POLLS, "worker.submit": POLLS, "worker.sweep": QUEUE}
 EXPIRES_SECONDS = 10.0
 REDIS_SECONDS = 0.5
 QUIET_SECONDS = 0.5  # after a request: long enough for the run to begin

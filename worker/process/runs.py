@@ -23,12 +23,13 @@ from worker.errors import Unavailable
 from worker.operations.prune import Pruned, Retention, forget_actions
 from worker.operations.prune import prune as prune_jobs
 from worker.polling.poller import PollReport, Progress
-from worker.process.dead_claims import log_released, release_dead_claims
+from worker.process.dead_claims import log_released, log_uncertain, release_dead_claims
 from worker.process.publishing import queue_downloads
 from worker.process.resources import ProcessResources, process_resources
 from worker.store.breakers import locked_breaker, save_breaker
 from worker.store.claims import claim_holders, queue_due_outputs
 from worker.store.engine import database_now, describe_error
+from worker.store.order_results import release_lapsed_orders
 from worker.store.reports.history import record_history
 from worker.store.sweep_signs import sweep_signs
 from worker.system.process_identity import dead_holders
@@ -76,6 +77,33 @@ def _run_poller(run: Callable[[], PollReport | None]) -> PollReport | str | None
         return "the database is away"
 
 
+def run_orders() -> tuple[str, bool]:
+    """Send orders once. Return a short summary, and whether another run should follow at once."""
+    resources = process_resources()
+    try:
+        resources.release_dead_claims()
+        report = resources.submitter.run(finish=not resources.ticks)
+    except DATABASE_ERRORS as error:
+        log.error("orders wait for the database reason=%s", describe_error(error, settings.database))
+        time.sleep(DATABASE_AWAY_SECONDS)
+        return "the database is away", False
+    if report is None:
+        return "another run is active", False
+    resources.run_requests.ended("worker.submit")
+    return str(report), report.more
+
+
+def orders_needed() -> bool:
+    """Return whether a run of orders would send something."""
+    try:
+        process_resources().release_dead_claims()
+        return process_resources().submitter.has_work()
+    except DATABASE_ERRORS as error:
+        log.error("orders wait for the database reason=%s", describe_error(error, settings.database))
+        time.sleep(DATABASE_AWAY_SECONDS)
+        return False
+
+
 class ProgressEvents:
     """Sends the progress of a task to Celery's monitors, from the publisher's thread, one event at a time."""
 
@@ -116,6 +144,7 @@ def run_sweep() -> str:
         with resources.engine.begin() as connection:
             now = database_now(connection)
             released = release_dead_claims(connection)
+            lapsed = release_lapsed_orders(connection, now=now)
             queued_before = now - lost_after
             output_ids = queue_due_outputs(connection, now=now, queued_before=queued_before, limit=SWEEP_LIMIT)
     except DATABASE_ERRORS as error:
@@ -124,7 +153,10 @@ def run_sweep() -> str:
     queue_downloads(output_ids)
     resources.notify(None)
     log_released(released)
+    log_uncertain(lapsed)
     done = [f"{format_count(len(output_ids), 'download')} requeued"] if output_ids else []
+    done += [f"{format_count(len(lapsed.due), 'order')} sent again"] if lapsed.due else []
+    done += [f"{format_count(len(lapsed.uncertain), 'order')} uncertain"] if lapsed.uncertain else []
     done += [f"{format_count(released.rows, 'claim')} of dead processes released"] if released.rows else []
     return ", ".join(done) or "nothing to requeue"
 
@@ -135,7 +167,7 @@ def sweep_needed() -> bool:
         with process_resources().engine.connect() as connection:
             now = database_now(connection)
             signs = sweep_signs(connection, now=now, queued_before=now - TAKEN_WITHIN)
-            if signs.calls or (signs.claims and dead_holders(claim_holders(connection))):
+            if signs.calls or signs.orders or (signs.claims and dead_holders(claim_holders(connection))):
                 return True
             return signs.outputs and sweep_signs(connection, now=now, queued_before=now - _lost_after()).outputs
     except DATABASE_ERRORS as error:

@@ -29,7 +29,7 @@ from worker.core.identity import FetchAddress, can_be_asked
 from worker.core.lifecycle import JobFacts, OutputFacts, Strikes
 from worker.core.pacing.policy import MIN_SECONDS, WINDOW
 from worker.store.due_groups import DueGroup
-from worker.store.schema import MYSQL_FAMILY, bodies, events, jobs, outputs, promises
+from worker.store.schema import MYSQL_FAMILY, bodies, events, jobs, orders, outputs, promises
 from worker.store.sql_functions import Moment, seconds_between
 from worker.store.transitions import NO_CLAIM
 
@@ -397,7 +397,7 @@ _UNEXPIRED_CLAIMS = [
         .with_for_update(skip_locked=True),
         update(table).values(due_at=bindparam("leased_until")),
     )
-    for table in (jobs, outputs, events)
+    for table in (jobs, outputs, events, orders)
 ]
 
 
@@ -426,7 +426,7 @@ def record_progress(connection: Connection, holder: str, received: Mapping[Claim
 
 
 _HOLDERS = union(
-    *(select(table.c.claim_holder).where(table.c.claim_holder.is_not(None)) for table in (jobs, outputs, events))
+    *(select(table.c.claim_holder).where(table.c.claim_holder.is_not(None)) for table in (jobs, outputs, events, orders))
 )
 
 

@@ -31,6 +31,7 @@ FINISHED = "finished"  # by account and kind; label: the final state
 ATTEMPTS = "attempts"  # label: "stored" or an error code; the sum is the number of stored bytes
 TRANSFER = "transfer"  # label: a bucket of TRANSFERS
 LEFT_OUT = "left_out"  # by account: outputs that are not stored because an answer listed too many
+ORDERS = "orders"  # by account; label: the class of the answer to an order
 WEBHOOKS = "webhooks"  # label: how the delivery ended, "delivered" or "failed"
 
 

@@ -26,7 +26,9 @@ _NEXT_REQUEST = union_all(
     )
 )
 _NEXT_DOWNLOAD = select(func.min(outputs.c.due_at)).where(outputs.c.due_at > _NOW)
-_UNFINISHED_JOBS = select(jobs.c.id).where(jobs.c.completed_at.is_(None)).order_by(jobs.c.id)
+_UNFINISHED_JOBS = (
+    select(jobs.c.id).where(jobs.c.completed_at.is_(None), jobs.c.status != "uncertain").order_by(jobs.c.id)
+)
 
 
 def waiting_jobs(connection: Connection) -> Sequence[Any]:
@@ -52,5 +54,5 @@ def next_download(connection: Connection, *, after: datetime) -> datetime | None
 
 
 def unfinished_jobs(connection: Connection) -> list[int]:
-    """Return the ids of the jobs that are not in a final state, oldest first."""
+    """Return the ids of the jobs that are not final and that workers can continue, oldest first."""
     return list(connection.execute(_UNFINISHED_JOBS).scalars())

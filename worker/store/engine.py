@@ -38,7 +38,7 @@ from worker.store.database_errors import shown_url as shown_url
 from worker.store.database_errors import translate_errors as translate_errors
 from worker.store.schema import MYSQL_FAMILY, VERSION_TABLE, metadata
 
-SCHEMA_VERSION = "0013"
+SCHEMA_VERSION = "0014"
 LOCK_TIMEOUT_SECONDS = 15
 MYSQL_LOCK_SECONDS = 5
 STATEMENT_TIMEOUT_SECONDS = 60

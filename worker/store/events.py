@@ -58,6 +58,14 @@ def create_events(connection: Connection, *, now: datetime, limit: int = 1, of: 
     return len(ids)
 
 
+def create_uncertain_events(connection: Connection, job_ids: Sequence[int], *, now: datetime) -> None:
+    """Create the events of orders that became uncertain just now. That is no final state, and can happen again."""
+    uncertain = select(jobs).where(jobs.c.id.in_(job_ids), jobs.c.webhook_url.is_not(None)).order_by(jobs.c.id)
+    rows = connection.execute(uncertain).all()
+    if rows:
+        connection.execute(insert(events), [_event(row, (), now, moment=now) for row in rows])
+
+
 def send_again(connection: Connection, job_id: int, *, now: datetime) -> int:
     """Make the events of a job due now, with their ids and bodies, for another day. Return how many changed.
 
@@ -83,10 +91,14 @@ def _create_missing_event(connection: Connection, job: Row[Any], now: datetime) 
     return create_events(connection, now=now, of=[job.id])
 
 
-def _event(job: Row[Any], outputs: Sequence[Row[Any]], now: datetime) -> dict[str, Any]:
+def _event(
+    job: Row[Any], outputs: Sequence[Row[Any]], now: datetime, *, moment: datetime | None = None
+) -> dict[str, Any]:
+    """Return the event of a job's state. `moment` is when the state began; a final state began at `completed_at`."""
+    began_at = moment or job.completed_at
     data = {
         "id": job.id,
-        "remote_id": job.remote_id,
+        "remote_id": job.remote_id or None,
         "account": job.account,
         "reference": job.reference,
         "status": job.status,
@@ -95,11 +107,11 @@ def _event(job: Row[Any], outputs: Sequence[Row[Any]], now: datetime) -> dict[st
     }
     kind = f"job.{job.status}"
     return {
-        "event_id": event_id(job.id, job.completed_at),
+        "event_id": event_id(job.id, began_at),
         "job_id": job.id,
         "type": kind,
         "url": job.webhook_url,
-        "body": body(kind, job.completed_at, data),
+        "body": body(kind, began_at, data),
         "status": "pending",
         "created_at": now,
         "due_at": now,

@@ -11,13 +11,14 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from worker.core.humanize import format_count
 from worker.core.identity import FetchAddress
-from worker.core.lifecycle import FINAL_STATES, PRUNED, left_out_note
+from worker.core.lifecycle import FINAL_STATES, ORDER_STATES, PRUNED, left_out_note
 from worker.core.pacing.policy import PollPlan
 from worker.core.reply import Link
 from worker.store.bulk_write import INSERT_ROWS, JSON_BATCH_ROWS, batch_columns, batch_parameter
 from worker.store.counters import Tally
 from worker.store.late_looks import delete_looks
 from worker.store.new_outputs import insert_outputs
+from worker.store.orders import close_cancelled, order_again
 from worker.store.promises import add_promises, clear_promised_end, reset_promises
 from worker.store.schema import MYSQL_FAMILY, jobs, outputs, promises, waiting_account
 from worker.store.sql_functions import HAS_DUE_TIME
@@ -378,7 +379,7 @@ def cancel(connection: Connection, job_id: int, tally: Tally, *, now: datetime) 
 
 def cancel_all(connection: Connection, job_ids: Iterable[int], tally: Tally, *, now: datetime) -> set[int]:
     """Cancel up to a few hundred jobs, and return the ids of the changed jobs."""
-    unfinished = select(jobs.c.id, jobs.c.account, jobs.c.kind)
+    unfinished = select(jobs.c.id, jobs.c.account, jobs.c.kind, jobs.c.status)
     unfinished = unfinished.where(jobs.c.id.in_(list(job_ids)), jobs.c.status.not_in(FINAL_STATES))
     rows = connection.execute(unfinished.order_by(jobs.c.id).with_for_update()).all()
     if not rows:
@@ -386,6 +387,7 @@ def cancel_all(connection: Connection, job_ids: Iterable[int], tally: Tally, *, 
     ids = {row.id for row in rows}
     connection.execute(update(jobs).where(jobs.c.id.in_(ids)).values(job_ended("cancelled", now)))
     cancel_outputs(connection, outputs.c.job_id.in_(ids))
+    close_cancelled(connection, [row.id for row in rows if row.status in ORDER_STATES])
     for row in rows:
         tally.finished(row.account, row.kind, "cancelled")
     return ids
@@ -398,22 +400,25 @@ def cancel_outputs(connection: Connection, which: ColumnElement[bool]) -> int:
 
 
 def retry(connection: Connection, job_id: int, *, now: datetime) -> bool:
-    """Try a failed or expired job again, due now and with a new deadline. Return whether it changed."""
+    """Try a failed or expired job, or an uncertain order, again, with a new deadline. Return whether it changed."""
     return bool(retry_all(connection, [job_id], now=now))
 
 
 def retry_all(connection: Connection, job_ids: Iterable[int], *, now: datetime) -> set[int]:
-    """Retry up to a few hundred jobs, and return the ids of the changed jobs."""
-    retryable = select(jobs.c.id, jobs.c.deadline_seconds)
-    retryable = retryable.where(jobs.c.id.in_(list(job_ids)), jobs.c.status.in_(("failed", "expired")))
+    """Retry up to a few hundred jobs, and return the ids of the changed jobs. Orders are sent again."""
+    retryable = select(jobs.c.id, jobs.c.deadline_seconds, jobs.c.remote_id)
+    retryable = retryable.where(jobs.c.id.in_(list(job_ids)), jobs.c.status.in_(("failed", "expired", "uncertain")))
     locked_rows = connection.execute(retryable.order_by(jobs.c.id).with_for_update()).all()
     pruned = select(outputs.c.job_id).where(
         outputs.c.job_id.in_([row.id for row in locked_rows]), outputs.c.error_code == PRUNED
     )
     being_pruned = set(connection.execute(pruned).scalars())
-    rows = [row for row in locked_rows if row.id not in being_pruned]
+    unnamed = {row.id for row in locked_rows if not row.remote_id}
+    if unnamed:
+        order_again(connection, unnamed, now=now)
+    rows = [row for row in locked_rows if row.id not in being_pruned and row.id not in unnamed]
     if not rows:
-        return set()
+        return unnamed
     ids = {row.id for row in rows}
     reset_promises(connection, sorted(ids))
     failed = (outputs.c.job_id.in_(ids), outputs.c.status == "failed")
@@ -441,7 +446,7 @@ def retry_all(connection: Connection, job_ids: Iterable[int], *, now: datetime) 
                 struck_at=None,
             )
         )
-    return ids
+    return ids | unnamed
 
 
 def finish_job_if_done(connection: Connection, job_id: int, tally: Tally, *, now: datetime) -> str | None:

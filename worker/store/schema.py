@@ -138,7 +138,8 @@ jobs = Table(
     Column("error_message", Text),
     UniqueConstraint("account", "fetch_base", "remote_id", name="uq_fetch_jobs_same_job"),
     CheckConstraint(
-        "status IN ('pending', 'downloading', 'completed', 'failed', 'expired', 'cancelled')", name="known_status"
+        "status IN ('ordered', 'uncertain', 'pending', 'downloading', 'completed', 'failed', 'expired', 'cancelled')",
+        name="known_status",
     ),
     CheckConstraint(f"({_FINAL}) = (completed_at IS NOT NULL)", name="final_has_completed_at"),
     CheckConstraint(f"NOT ({_FINAL}) OR due_at IS NULL", name="final_is_at_rest"),
@@ -313,6 +314,51 @@ late_looks = Table(
     Column("due_at", UtcDateTime, nullable=False),
     Index("ix_fetch_late_looks_due_at", "due_at"),
     comment="expired jobs that are asked about again, how often they were, and when next",
+)
+
+orders = Table(
+    "fetch_orders",
+    metadata,
+    Column(
+        "job_id", _Id, ForeignKey("fetch_jobs.id", ondelete="CASCADE"), key="id", primary_key=True, autoincrement=False
+    ),
+    Column("order_key", String(64), nullable=False),  # equal for two deliveries of one message
+    # The account while the order waits, takes a slot at the API, or is uncertain. NULL afterwards, so that the index on
+    # it contains only a few rows on every database.
+    Column("queue", String(64)),
+    Column("takes_slot", Boolean, nullable=False, server_default=text("false")),
+    Column("order_rank", SmallInteger, nullable=False),  # the negative priority: the index is read upwards
+    Column("host", String(255), nullable=False),
+    Column("endpoint", String(500), nullable=False),
+    Column("payload", _LongText, nullable=False),  # a JSON object without the API key
+    Column("payload_sha256", String(64), nullable=False),
+    Column("ordered_at", UtcDateTime, nullable=False),
+    Column("due_at", UtcDateTime),
+    Column("slot_until", UtcDateTime),  # when a slot is free again whose job can't be polled; NULL: when its job ends
+    Column("attempts", Integer, nullable=False, server_default="0"),
+    Column("attempted_at", UtcDateTime),  # written right before the first byte of the last request
+    Column("attempt_token", String(32)),  # of a request whose answer is not recorded yet
+    Column("claim_token", String(32)),
+    Column("claim_holder", String(32)),
+    Column("last_error", Text),  # why the order was not taken yet, or what is known about a lost answer
+    CheckConstraint("claim_token IS NULL OR (claim_holder IS NOT NULL AND due_at IS NOT NULL)", name="claim_is_leased"),
+    CheckConstraint("queue IS NOT NULL OR due_at IS NULL", name="due_is_queued"),
+    UniqueConstraint("order_key", name="uq_fetch_orders_order_key"),
+    Index("ix_fetch_orders_queue", "queue", "takes_slot", "order_rank", "id"),
+    Index("ix_fetch_orders_holder", "claim_holder"),
+    comment="what apps ordered: the payload of each order, and whether it was sent",
+)
+
+slots = Table(
+    "fetch_slots",
+    metadata,
+    Column("account", String(64), primary_key=True),
+    Column("slots", Integer),  # NULL: nothing was learned yet
+    Column("refused_at", UtcDateTime),
+    Column("raised_at", UtcDateTime),
+    Column("paused_until", UtcDateTime),
+    Column("paused_at_taken", Integer, nullable=False, server_default="0"),
+    comment="how many orders of each account may wait at the API, as its refusals showed",
 )
 
 paces = Table(

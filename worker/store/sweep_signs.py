@@ -1,4 +1,4 @@
-"""Signs that a sweep may be needed: claims, unsent `on_done` calls, and due outputs whose task is in no queue."""
+"""Signs that a sweep may be needed: claims, unsent `on_done` calls, lapsed orders, and outputs in no queue."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -7,27 +7,32 @@ from sqlalchemy import Connection, bindparam, or_, select
 
 from worker.store.claims import outputs_to_queue
 from worker.store.on_done import GIVE_UP, due_calls
-from worker.store.schema import events, jobs, outputs
+from worker.store.schema import events, jobs, orders, outputs
 
 _NOW, _GIVEN_UP_BEFORE, _QUEUED_BEFORE = (
     bindparam(name, type_=jobs.c.due_at.type) for name in ("now", "given_up_before", "queued_before")
 )
 _SIGNS = select(
     or_(
-        *(select(table.c.id).where(table.c.claim_holder.is_not(None)).exists() for table in (jobs, outputs, events))
+        *(select(table.c.id).where(table.c.claim_holder.is_not(None)).exists() for table in (jobs, outputs, events, orders))
     ).label("claims"),
     select(jobs.c.id).where(*due_calls(_NOW, _GIVEN_UP_BEFORE)).exists().label("calls"),
     select(outputs.c.id).where(*outputs_to_queue(_NOW, _QUEUED_BEFORE)).exists().label("outputs"),
+    select(orders.c.id).where(orders.c.claim_holder.is_not(None), orders.c.due_at <= _NOW).exists().label("orders"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class SweepSigns:
-    """Whether there are claims, due calls, and outputs to queue. Some of the claims may be of dead processes."""
+    """Whether there are claims, due calls, outputs to queue, and orders whose lease has ended.
+
+    Some of the claims may be of dead processes.
+    """
 
     claims: bool
     calls: bool
     outputs: bool
+    orders: bool
 
 
 def sweep_signs(connection: Connection, *, now: datetime, queued_before: datetime) -> SweepSigns:

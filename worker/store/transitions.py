@@ -12,6 +12,11 @@ Values = dict[str, Any]
 NO_CLAIM = MappingProxyType({"claim_token": None, "claim_holder": None})
 AT_REST = MappingProxyType({"due_at": None, **NO_CLAIM})
 
+# Columns of an order, beside its job: it waits to be sent (with a due time), is uncertain, or needs no more work.
+SLOT_FREE = MappingProxyType({"queue": None, "takes_slot": False, "slot_until": None})
+ORDER_DUE = MappingProxyType({"takes_slot": False, "slot_until": None, "attempt_token": None, **NO_CLAIM})
+ORDER_DONE = MappingProxyType({"attempt_token": None, **SLOT_FREE, **AT_REST})
+
 
 def job_downloading(now: datetime) -> Values:
     """Return the values for a job that is ready and has outputs."""

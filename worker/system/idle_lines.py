@@ -7,7 +7,7 @@ each attempt to download from a host that fails writes two.
 import logging
 from collections.abc import Mapping
 
-HINTS = frozenset({"worker.poll", "worker.sweep", "worker.prune", "worker.download"})
+HINTS = frozenset({"worker.poll", "worker.submit", "worker.sweep", "worker.prune", "worker.download"})
 # How their results begin if there was nothing to do, or if a download is tried again.
 NOTHING = ("'nothing ", "'another ", "'0 jobs pruned", "'again later", "'its host is busy")
 SENT = "Scheduler: Sending due task"  # of beat

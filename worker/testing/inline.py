@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import cache
 from typing import Any, NamedTuple, Protocol
@@ -24,6 +25,7 @@ from worker.configuration.server_urls import same_database
 from worker.coordination.leases import LeaseKeeper
 from worker.coordination.rate_limiter import RateLimiter, Reservation
 from worker.core.lifecycle import PROMISE_PATIENCE
+from worker.core.pacing.backlog import OrderBacklog
 from worker.core.webhook import headers, with_addresses
 from worker.downloads.downloader import Downloader
 from worker.downloads.options import download_options
@@ -34,6 +36,9 @@ from worker.notify.on_done import notify
 from worker.notify.webhooks import BATCH
 from worker.operations.explain import why
 from worker.operations.job_context import read_context
+from worker.ordering.options import AfterRecording, order_options
+from worker.ordering.order_client import OrderClient
+from worker.ordering.submitter import Submitter
 from worker.polling.api_client import MAX_ANSWER_BYTES, ApiClient
 from worker.polling.options import AfterCommit, PollOptions
 from worker.polling.poller import Poller
@@ -43,6 +48,7 @@ from worker.store.due_work import due_outputs, next_download, next_request, unfi
 from worker.store.engine import database_now, error_kind
 from worker.store.events import claim_events, create_events, record_delivery
 from worker.store.jobs import job_row, outputs_of
+from worker.store.orders import accounts_with_orders, next_order
 from worker.system.redaction import Scrubber, shared_scrubber
 from worker.testing.clock import Clock
 from worker.testing.stand_in import KEY, FetchApi
@@ -109,7 +115,14 @@ class FetchWorker(Workers):
         self._lock = threading.RLock()
         self._waited_since: dict[int, datetime] = {}
         self._polls = _PollWork(engine, settings, api)
-        self.works: list[Work] = [self._polls, _DownloadWork(engine, settings), _OnDoneWork(self), _WebhookWork(self)]
+        self._orders = _OrderWork(engine, settings)
+        self.works: list[Work] = [
+            self._orders,
+            self._polls,
+            _DownloadWork(engine, settings),
+            _OnDoneWork(self),
+            _WebhookWork(self),
+        ]
 
     @property
     def now(self) -> datetime:
@@ -158,6 +171,7 @@ class FetchWorker(Workers):
     def close(self) -> None:
         """Close the HTTP connections and end the threads."""
         self._polls.close()
+        self._orders.close()
         for adapter in _adapters():
             adapter.close()
 
@@ -307,6 +321,41 @@ class _PollWork(Work):
     def close(self) -> None:
         """End its thread."""
         self._poller.close()
+
+
+class _OrderWork(Work):
+    """The work of `worker.submit`, one request at a time."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self._engine = engine
+        self._keys: dict[str, SecretStr] = {}
+        options = replace(order_options(settings), keys=self._keys, threads=1)
+        self._submitter = Submitter(
+            engine=engine,
+            client=OrderClient(options, _scrubber(settings), _adapters()[0]),
+            budget=_NoRateLimit(),
+            leases=_Leases(engine, lease=LEASE),
+            options=options,
+            backlog=OrderBacklog(),
+            after=AfterRecording(poll=lambda: None, queue_downloads=_do_nothing, notify=_do_nothing),
+            rng=random.Random(0),
+        )
+
+    def do(self) -> bool:
+        with self._engine.connect() as connection:
+            accounts = accounts_with_orders(connection)
+        if not accounts:
+            return False
+        self._keys.update({account: SecretStr(KEY) for account in accounts})  # every account in a test has a key
+        return self._submitter.submit_once().sent > 0
+
+    def next(self, after: datetime) -> datetime | None:
+        with self._engine.connect() as connection:
+            return next_order(connection, after=after)
+
+    def close(self) -> None:
+        """End its thread."""
+        self._submitter.close()
 
 
 class _DownloadWork(Work):

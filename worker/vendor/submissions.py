@@ -175,6 +175,12 @@ def _kind(fetch_path: str, model: str | None, *, is_video: bool = False) -> str:
     return f"{kind[:20]}/{model}"[:MAX_KIND] if model else kind
 
 
+def kind_of_order(order: Order, payload: Mapping[str, Any]) -> str:
+    """Return the kind of the job that an order creates: its family, and the model if the payload names one."""
+    path = f"/api/{order.family.fetch}"
+    return _kind(path, _model(payload), is_video=order.family.media == "video")
+
+
 def submission(remote: object, status_words: Mapping[str, str] = NO_STATUS_WORDS) -> Submission:
     """Read an id (text or number), a submit answer (mapping or JSON text), or the HTTP response that contained it.
 

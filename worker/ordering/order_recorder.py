@@ -1,0 +1,188 @@
+"""Records the answers to orders, and keeps each answer in memory until it is written."""
+
+import logging
+import random
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+from sqlalchemy import Connection, Engine
+
+from worker.core.circuit_breaker import NO_SUCH_PATH
+from worker.core.order_reply import (
+    AnswerLost,
+    OrderNotSent,
+    OrderPostponed,
+    OrderRefused,
+    OrderReply,
+    OrderTaken,
+    QueueFull,
+)
+from worker.core.pacing.backlog import OrderBacklog
+from worker.core.pacing.policy import PacedJob, PollPlan
+from worker.core.reply import AccountRefused, ApiDown, ApiError, Processing, RateLimited, Reply
+from worker.core.slots import after_refusal
+from worker.ordering.options import AfterRecording, OrderOptions
+from worker.polling.breaker_updates import Breakers, update_breakers
+from worker.polling.duration_learner import read_models
+from worker.store.counters import ORDERS, Tally
+from worker.store.engine import database_now
+from worker.store.order_results import record_lost, record_refused, record_taken, record_waiting
+from worker.store.orders import ClaimedOrder, taken_slots
+from worker.store.slots import locked_slots, save_slots
+
+log = logging.getLogger(__name__)
+
+SOON_SECONDS = 1.0  # a poll run that waits checks for due jobs at least this often
+POSTPONED_MOST = 20  # times that the API may postpone an order, over an hour or more; then it counts as refused
+MAX_POSTPONED_WAIT = 300.0  # seconds
+NOT_SENT_WAIT = 2.0  # seconds; the circuit breaker of the host waits longer after several failures
+
+NAMES: Mapping[type[OrderReply], str] = {
+    OrderTaken: "taken",
+    OrderRefused: "refused",
+    OrderPostponed: "postponed",
+    QueueFull: "queue_full",
+    RateLimited: "rate_limited",
+    AccountRefused: "account_refused",
+    OrderNotSent: "not_sent",
+    AnswerLost: "uncertain",
+}
+
+
+class OrderAnswer(NamedTuple):
+    """The answer to an order: when it was sent by the monotonic clock, and whether it was a probe."""
+
+    job: ClaimedOrder
+    order_reply: OrderReply
+    probe: bool
+    sent: float
+
+    @property
+    def reply(self) -> Reply:
+        """The meaning of the answer for the circuit breakers of account and host."""
+        match self.order_reply:
+            case RateLimited() | AccountRefused() as reply:
+                return reply
+            case OrderRefused(_, message) | OrderPostponed(message, _):
+                return ApiError(message)
+            case OrderNotSent(message) | AnswerLost(message):
+                return ApiDown(message.replace(NO_SUCH_PATH, "another path"))
+            case _:
+                return Processing()
+
+
+class OrderRecorder:
+    """Writes the answers to orders of one process. Not thread-safe: call it from the submit loop only."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        options: OrderOptions,
+        backlog: OrderBacklog,
+        after: AfterRecording,
+        rng: random.Random,
+    ) -> None:
+        self._engine = engine
+        self._options = options
+        self._backlog = backlog
+        self._after = after
+        self._rng = rng
+        self._answers: list[OrderAnswer] = []
+
+    @property
+    def unwritten(self) -> int:
+        """How many answers are not written yet."""
+        return len(self._answers)
+
+    def take(self, answers: Sequence[OrderAnswer]) -> None:
+        """Accept answers for writing."""
+        self._answers += answers
+
+    def write(self, breakers: Breakers, accepted_rates: Mapping[str, float]) -> None:
+        """Write the accepted answers and update the circuit breakers. Raises the errors of a database that is away.
+
+        Each answer has its own transaction, so that no answer depends on another one.
+        """
+        soon, outputs, ended = False, list[int](), list[int]()
+        try:
+            while self._answers:
+                answer = self._answers[0]
+                with self._engine.begin() as connection:
+                    now = database_now(connection)
+                    changed = update_breakers(
+                        connection, [answer], breakers, self._options.rps, accepted_rates, now=now
+                    )
+                    tally = Tally()
+                    tally.add(ORDERS, NAMES[type(answer.order_reply)], account=answer.job.account)
+                    result = self._record(connection, answer, tally, now)
+                    tally.write(connection)
+                breakers.update(changed)
+                del self._answers[0]
+                soon = soon or result.soon
+                outputs += result.outputs
+                ended += result.ended
+        finally:
+            if soon:
+                self._after.poll()
+            self._after.queue_downloads(outputs)
+            self._after.notify(ended)
+
+    def _record(self, connection: Connection, answer: OrderAnswer, tally: Tally, now: datetime) -> "_Result":
+        order = answer.job
+        match answer.order_reply:
+            case OrderTaken() as reply:
+                if reply.warning is not None:
+                    log.warning("%s job=%s", reply.warning, order.id)
+                plan = self._first_poll(connection, order, reply, time.monotonic() - answer.sent)
+                taken = record_taken(connection, order, reply, plan, tally, now=now)
+                if taken is None:
+                    return _Result()
+                return _Result(plan.wait < SOON_SECONDS, tuple(taken.outputs), (order.id,) if taken.ended else ())
+            case OrderRefused(code, message):
+                ended = record_refused(connection, order, code, message, tally, now=now)
+                return _Result(ended=(order.id,) if ended else ())
+            case AnswerLost(message):
+                if record_lost(connection, order, message, now=now):
+                    log.error("an order is uncertain, its answer is lost job=%s reason=%s", order.id, message)
+            case QueueFull(message, seconds, limit):
+                self._refused_by_queue(connection, order, seconds, limit, now)
+                record_waiting(connection, order, message, due_at=now)
+            case OrderPostponed(message, seconds):
+                if order.attempts >= POSTPONED_MOST:
+                    message = f"postponed {order.attempts} times, at last: {message}"
+                    ended = record_refused(connection, order, "refused", message, tally, now=now)
+                    return _Result(ended=(order.id,) if ended else ())
+                wait = timedelta(seconds=max(seconds, min(2.0**order.attempts, MAX_POSTPONED_WAIT)))
+                record_waiting(connection, order, message, due_at=now + wait, counts=True)
+            case OrderNotSent(message):
+                record_waiting(connection, order, message, due_at=now + timedelta(seconds=NOT_SENT_WAIT))
+            case RateLimited(_, message) | AccountRefused(_, message):
+                record_waiting(connection, order, message, due_at=now)
+        return _Result()
+
+    def _refused_by_queue(
+        self, connection: Connection, order: ClaimedOrder, seconds: float, named: int | None, now: datetime
+    ) -> None:
+        """Learn from a refusal how many orders may wait at the API."""
+        limit = locked_slots(connection, order.account)
+        taken = taken_slots(connection, order.account, now=now, without=order.id)
+        configured = self._options.slots(order.account)
+        learned = after_refusal(limit, configured, taken=taken, named=named, seconds=seconds, now=now)
+        save_slots(connection, learned)
+        if learned.slots != limit.slots:
+            log.warning("the API accepts fewer waiting orders account=%s slots=%s", order.account, learned.slots)
+
+    def _first_poll(self, connection: Connection, order: ClaimedOrder, reply: OrderTaken, age: float) -> PollPlan:
+        """Return when to poll the job first."""
+        model, _ = read_models(connection, [(order.account, order.kind)])[order.account, order.kind]
+        eta = reply.eta if order.eta is None else order.eta
+        job = PacedJob(max(age, 0.0), eta=eta, seconds_left=order.deadline_seconds - age)
+        return self._backlog.pace(self._options.pace, order.account).first(job, model, spread=self._rng.random())
+
+
+class _Result(NamedTuple):
+    soon: bool = False
+    outputs: tuple[int, ...] = ()
+    ended: tuple[int, ...] = ()

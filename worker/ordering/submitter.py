@@ -1,0 +1,268 @@
+"""One submit run: claim orders that have a free slot, send each once, record the answers, and repeat until idle.
+
+A claim says who sends an order. Right before the first byte, another commit says that it is sent. So after a crash it
+is known whether an order may be sent again, or is uncertain.
+"""
+
+import logging
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
+
+from pydantic import SecretStr
+from sqlalchemy import Engine
+
+from worker.coordination.leases import LeaseKeeper, LeaseLost
+from worker.coordination.rate_limiter import RateLimiter
+from worker.core.order_reply import OrderReply
+from worker.core.pacing.backlog import OrderBacklog
+from worker.net.network_errors import describe
+from worker.ordering.options import MAX_SENDING_PER_ACCOUNT, AfterRecording, OrderOptions
+from worker.ordering.order_claims import OrderClaims, OrderView
+from worker.ordering.order_client import OrderClient
+from worker.ordering.order_recorder import NAMES, OrderAnswer, OrderRecorder
+from worker.polling.breaker_updates import count_accepted
+from worker.store.orders import ClaimedOrder, mark_attempted
+
+log = logging.getLogger(__name__)
+
+RUN_SECONDS = 10.0  # a task should end soon, so that monitors show what it did and its worker can stop
+IDLE_SECONDS = 1.0  # longest time between two looks: a wake-up can get lost
+LOOK_SECONDS = 0.05  # least time between two looks
+ALERT_SECONDS = 0.4  # look often after a wake-up: its sender sends no second one for a while
+
+
+@dataclass(slots=True)
+class SubmitReport:
+    """What a run did, in numbers. Its text is the result of the task."""
+
+    sent: int = 0
+    answers: Counter[type[OrderReply]] = field(default_factory=Counter)
+    more: bool = False  # whether the run ended by its time limit, and more can be sent or is in flight
+
+    def __str__(self) -> str:
+        if not self.sent:
+            return "nothing to send"
+        counts = ", ".join(f"{count:,} {NAMES[reply].replace('_', ' ')}" for reply, count in self.answers.most_common())
+        return f"sent {self.sent:,}: {counts}"
+
+
+class Submitter:
+    """Sends orders for one process. `run` does the work of the task; only one run at a time is useful.
+
+    A run can end while requests are in flight. The next run records their answers.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        client: OrderClient,
+        budget: RateLimiter,
+        leases: LeaseKeeper,
+        options: OrderOptions,
+        backlog: OrderBacklog,
+        after: AfterRecording,
+        rng: random.Random | None = None,
+    ) -> None:
+        rng = rng or random.Random()  # spreads accounts and polls; not used for security
+        self._engine = engine
+        self._client = client
+        self._budget = budget
+        self._leases = leases
+        self._options = options
+        self._claims = OrderClaims(engine, leases, options, backlog, rng)
+        self._recorder = OrderRecorder(engine, options, backlog, after, rng)
+        self._requests = _Requests(options.threads)
+        self._lock = threading.Lock()
+        self._woken = threading.Event()
+        self._alert_until = 0.0
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """Stop claiming orders. Requests that have started are finished."""
+        self._stopping.set()
+        self.wake()
+
+    def wake(self) -> None:
+        """Look for orders at once. May be called from any thread."""
+        self._alert_until = time.monotonic() + ALERT_SECONDS
+        self._claims.slots_may_be_free()
+        self._woken.set()
+        self._requests.wake()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until `wake` is called, for at most this time."""
+        self._woken.wait(LOOK_SECONDS if time.monotonic() < self._alert_until else seconds)
+        self._woken.clear()
+
+    @property
+    def running(self) -> bool:
+        """Whether a run is active in this process."""
+        return self._lock.locked()
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests are in flight, or answers wait to be written."""
+        return bool(self._requests.outstanding or self._recorder.unwritten)
+
+    def has_work(self) -> bool:
+        """Return whether orders can be sent now, as far as is known without claiming them."""
+        return not self._stopping.is_set() and bool(self._claims.view().sendable)
+
+    def close(self) -> None:
+        """End the threads. The submitter can't be used afterwards."""
+        self._requests.close()
+
+    def submit_once(self) -> SubmitReport:
+        """Send the orders that can be sent now and record the answers. For callers that control the clock."""
+        report = SubmitReport()
+        with self._lock:
+            self._claims.slots_may_be_free()
+            self._start(self._claims.view())
+            while self.busy:
+                self._record(self._requests.answers(IDLE_SECONDS), report)
+        return report
+
+    def run(self, *, seconds: float = RUN_SECONDS, finish: bool = False) -> SubmitReport | None:
+        """Send orders until none can be sent for a second, or for `seconds`. Return None if another run is active.
+
+        With `finish` the run waits for the last answer, since no other run follows it in this process.
+        """
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            return self._run(time.monotonic() + seconds, finish)
+        finally:
+            self._lock.release()
+
+    def _run(self, until: float, finish: bool) -> SubmitReport:
+        report = SubmitReport()
+        self._record([], report)  # if the database is still away, nothing more is claimed
+        idle_until = time.monotonic() + IDLE_SECONDS
+        look_at = 0.0
+        while True:
+            now = time.monotonic()
+            over = now >= until or self._stopping.is_set()
+            if over and not (self.busy and (finish or self._stopping.is_set())):
+                report.more = self.busy or not self._stopping.is_set()
+                return report
+            if not over and (now >= look_at or now < self._alert_until):
+                view = self._claims.view()
+                started = self._start(view)
+                look_at = now + (LOOK_SECONDS if started else IDLE_SECONDS)
+                if started or view.waiting:
+                    idle_until = now + IDLE_SECONDS
+            if not self.busy and now >= idle_until:
+                return report
+            wait = LOOK_SECONDS if now < self._alert_until else max(min(look_at, until) - now, LOOK_SECONDS)
+            self._record(self._requests.answers(wait), report)
+
+    def _start(self, view: OrderView) -> int:
+        """Claim the orders that can be sent now, and start their requests. Return how many were started."""
+        started = 0
+        for account in view.sendable:
+            room = min(self._requests.room, MAX_SENDING_PER_ACCOUNT - self._requests.of_account(account))
+            reservation = self._budget.take(account, max(room, 0), rate=view.rate(account, self._options.rps(account)))
+            claimed = self._claims.claim(account, view, limit=len(reservation.send_times))
+            self._budget.give_back(reservation, len(reservation.send_times) - len(claimed.orders))
+            if claimed.orders:
+                self._leases.hold()
+            for order, moment in zip(claimed.orders, reservation.send_times, strict=False):
+                self._requests.start(partial(self._send, order, moment, view, probe=claimed.probe), account)
+                self._leases.hold()
+            if claimed.orders:
+                self._leases.drop()
+            started += len(claimed.orders)
+        return started
+
+    def _send(self, order: ClaimedOrder, moment: float, view: OrderView, *, probe: bool) -> OrderAnswer | ClaimedOrder:
+        """Send one order. Return the answer, or the order itself if no byte of it was sent and its claim ends."""
+        delay = moment - time.monotonic()
+        if delay > 0:
+            time.sleep(delay)
+        began = time.monotonic()
+        key = self._options.keys.get(order.account)
+        if key is None or self._stopping.is_set():
+            return order
+        try:
+            reply = self._client.send(order, SecretStr(key.get_secret_value()), partial(self._attempt, order, view))
+        except LeaseLost:
+            log.warning("a lease may have ended, the order was not sent job=%s", order.id)
+            return order
+        except Exception as error:  # the attempt could not be noted, so nothing was sent
+            log.warning("an order was not sent job=%s reason=%s", order.id, describe(error))
+            return order
+        return OrderAnswer(order, reply, probe, began)
+
+    def _attempt(self, order: ClaimedOrder, view: OrderView) -> None:
+        """Note that an order is sent now. Raises LeaseLost if its claim may have ended."""
+        self._leases.check(order.id, order.token)
+        with self._engine.begin() as connection:
+            noted = mark_attempted(connection, order, now=view.time())
+        if not noted:
+            raise LeaseLost
+
+    def _record(self, finished: "list[OrderAnswer | ClaimedOrder]", report: SubmitReport) -> None:
+        answers = [item for item in finished if isinstance(item, OrderAnswer)]
+        report.sent += len(answers)
+        report.answers.update(type(answer.order_reply) for answer in answers)
+        self._recorder.take(answers)
+        self._claims.release_later([item for item in finished if isinstance(item, ClaimedOrder)])
+        for _ in finished:
+            self._leases.drop()
+        self._claims.release_now()
+        if self._recorder.unwritten:
+            self._recorder.write(self._claims.breakers, count_accepted(self._budget, answers))
+            self._claims.slots_may_be_free()
+
+
+class _Requests:
+    """The requests in flight, each in a thread of its own."""
+
+    def __init__(self, threads: int) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="order")
+        self._threads = threads
+        self._inbox: SimpleQueue[tuple[str, OrderAnswer | ClaimedOrder] | None] = SimpleQueue()
+        self._by_account: Counter[str] = Counter()
+
+    @property
+    def outstanding(self) -> int:
+        return self._by_account.total()
+
+    @property
+    def room(self) -> int:
+        return self._threads - self.outstanding
+
+    def of_account(self, account: str) -> int:
+        return self._by_account[account]
+
+    def start(self, send: "Callable[[], OrderAnswer | ClaimedOrder]", account: str) -> None:
+        self._by_account[account] += 1
+        self._executor.submit(lambda: self._inbox.put((account, send())))
+
+    def wake(self) -> None:
+        self._inbox.put(None)
+
+    def answers(self, timeout: float) -> "list[OrderAnswer | ClaimedOrder]":
+        """Return the finished requests. Wait up to `timeout` seconds for the first one, or for `wake`."""
+        finished = []
+        try:
+            item = self._inbox.get(timeout=timeout)
+            while True:
+                if item is not None:
+                    account, result = item
+                    self._by_account[account] -= 1
+                    finished.append(result)
+                item = self._inbox.get_nowait()
+        except Empty:
+            return finished
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False)

@@ -1,0 +1,361 @@
+"""Orders: insert them, claim them for sending, and note that a request begins.
+
+An order is a row before it is a request. Its `queue` has the account while the order waits, takes a slot at the API or
+is uncertain, and is NULL afterwards. All claims of an account lock its row in `fetch_slots`, so that no two processes
+use the same slot.
+"""
+
+import hashlib
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Integer,
+    Row,
+    Select,
+    bindparam,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    union_all,
+    update,
+)
+
+from worker.core.identity import FetchAddress
+from worker.core.lifecycle import ORDER_STATES
+from worker.core.slots import SlotLimit, after_full_use
+from worker.store.schema import jobs, orders, slots
+from worker.store.slots import locked_slots, save_slots
+from worker.store.transitions import ORDER_DONE, ORDER_DUE, SLOT_FREE, clear_end
+
+COUNTED_MOST = 100  # waiting orders of an account: more make no difference
+UNNAMED = "order:"  # the start of the fetch address of a job that the API has not named yet
+
+
+@dataclass(frozen=True, slots=True)
+class NewOrder:
+    """An order to insert. `payload` is a JSON object without the key. `key` is equal for two deliveries of a message.
+
+    `deadline` is in seconds from the moment at which the API takes the order.
+    """
+
+    key: str
+    account: str
+    endpoint: str
+    host: str
+    payload: str
+    kind: str
+    eta: float | None
+    priority: int
+    reference: str | None
+    on_done: str | None
+    webhook_url: str | None
+    deadline: float
+
+
+class ClaimedOrder(NamedTuple):
+    """An order that this process may send while the lease lasts."""
+
+    id: int
+    token: str
+    account: str
+    host: str
+    endpoint: str
+    payload: str
+    kind: str
+    eta: float | None
+    deadline_seconds: float
+    attempts: int  # including this one; only attempts that the API answered count
+
+    @property
+    def address(self) -> FetchAddress:
+        """The host of the order, in the form in which the answers of polls have it."""
+        return FetchAddress("", "", self.host)
+
+
+def insert_order(connection: Connection, order: NewOrder, *, now: datetime) -> tuple[int, bool]:
+    """Insert an order and its job. Return the job's id, and whether it was created.
+
+    Raises IntegrityError if another transaction inserted an order with this key at the same time.
+    """
+    existing = connection.execute(select(orders.c.id).where(orders.c.order_key == order.key)).scalar()
+    if existing is not None:
+        return int(existing), False
+    job_values = {
+        "account": order.account,
+        "remote_id": "",
+        "kind": order.kind,
+        "fetch_url": "",
+        "fetch_base": f"{UNNAMED}{order.key}",
+        "fetch_host": order.host,
+        "status": "ordered",
+        "priority": order.priority,
+        "reference": order.reference,
+        "on_done": order.on_done,
+        "webhook_url": order.webhook_url,
+        "eta": order.eta,
+        "submitted_at": now,
+        "tracked_at": now,
+        "deadline_at": now + timedelta(seconds=order.deadline),
+        "deadline_seconds": order.deadline,
+    }
+    inserted = connection.execute(insert(jobs), job_values).inserted_primary_key
+    job_id = int(inserted[0]) if inserted is not None else 0
+    order_values = {
+        "id": job_id,
+        "order_key": order.key,
+        "queue": order.account,
+        "order_rank": -order.priority,
+        "host": order.host,
+        "endpoint": order.endpoint,
+        "payload": order.payload,
+        "payload_sha256": hashlib.sha256(order.payload.encode()).hexdigest(),
+        "ordered_at": now,
+        "due_at": now,
+    }
+    connection.execute(insert(orders), order_values)
+    return job_id, True
+
+
+# ── looking ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def has_orders(connection: Connection) -> bool:
+    """Return whether any order waits to be sent."""
+    query = select(orders.c.id).where(orders.c.queue.is_not(None), orders.c.takes_slot.is_(False)).limit(1)
+    return connection.execute(query).scalar() is not None
+
+
+def waiting_orders(connection: Connection, accounts: Collection[str], *, now: datetime) -> dict[str, int]:
+    """Return how many orders of each account are due, up to `COUNTED_MOST`. Accounts without any are left out."""
+    if not accounts:
+        return {}
+    counts = connection.execute(_waiting_query(tuple(sorted(accounts)), now))
+    return {row.account: row.waiting for row in counts if row.waiting}
+
+
+def _waiting_query(accounts: Sequence[str], now: datetime) -> Any:
+    def waiting(account: str) -> Select[Any]:
+        due = select(orders.c.id).where(*_waits(account), orders.c.due_at <= now).limit(COUNTED_MOST).subquery()
+        count = select(func.count()).select_from(due).scalar_subquery()
+        return select(literal(account).label("account"), count.label("waiting"))
+
+    return union_all(*map(waiting, accounts))
+
+
+def _waits(account: object) -> tuple[ColumnElement[bool], ...]:
+    return orders.c.queue == account, orders.c.takes_slot.is_(False), orders.c.due_at.is_not(None)
+
+
+def accounts_with_orders(connection: Connection) -> list[str]:
+    """Return the accounts of which orders wait to be sent."""
+    waiting = select(orders.c.queue).where(orders.c.queue.is_not(None), orders.c.takes_slot.is_(False)).distinct()
+    return sorted(connection.execute(waiting).scalars())
+
+
+def next_order(connection: Connection, *, after: datetime) -> datetime | None:
+    """Return when the next postponed order is due, or the pause of an account ends. None if no order waits."""
+    waits = (orders.c.queue.is_not(None), orders.c.takes_slot.is_(False))
+    due = select(func.min(orders.c.due_at)).where(*waits, orders.c.due_at > after)
+    paused = select(func.min(slots.c.paused_until)).where(
+        slots.c.paused_until > after, slots.c.account.in_(select(orders.c.queue).where(*waits))
+    )
+    moments = [moment for query in (due, paused) if (moment := connection.execute(query).scalar()) is not None]
+    return min(moments, default=None)
+
+
+def order_row(connection: Connection, job_id: int) -> Row[Any] | None:
+    """Return the order of a job, or None."""
+    return connection.execute(select(orders).where(orders.c.id == job_id)).one_or_none()
+
+
+class QueuePlace(NamedTuple):
+    """The place of an order among those of its account that wait: how many are sent before it."""
+
+    before: int
+    taken: int
+
+
+def queue_place(connection: Connection, order: Row[Any]) -> QueuePlace:
+    """Return the place of a waiting order, and how many slots of its account are taken."""
+    earlier = or_(
+        orders.c.order_rank < order.order_rank, (orders.c.order_rank == order.order_rank) & (orders.c.id < order.id)
+    )
+    before = select(func.count()).where(orders.c.queue == order.queue, orders.c.takes_slot.is_(False), earlier)
+    return QueuePlace(connection.execute(before).scalar_one(), len(_slot_rows(connection, order.queue)))
+
+
+# ── claiming ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_BUSY_SLOTS = (
+    select(orders.c.id, orders.c.slot_until, jobs.c.status)
+    .join(jobs, jobs.c.id == orders.c.id)
+    .where(orders.c.queue == bindparam("of_account"), orders.c.takes_slot.is_(True))
+)
+_NEXT = (
+    select(orders.c.id)
+    .where(
+        orders.c.queue == bindparam("of_account"),
+        orders.c.takes_slot.is_(False),
+        orders.c.due_at <= bindparam("now"),
+        orders.c.attempt_token.is_(None),
+        or_(orders.c.host.in_(bindparam("hosts", expanding=True)), bindparam("any_host")),
+        orders.c.host.not_in(bindparam("held_hosts", expanding=True)),
+    )
+    .order_by(orders.c.order_rank, orders.c.id)
+    .limit(bindparam("most", type_=Integer))
+    .with_for_update(skip_locked=True)
+)
+_CLAIMED = select(
+    orders.c.id,
+    orders.c.host,
+    orders.c.endpoint,
+    orders.c.payload,
+    orders.c.attempts,
+    jobs.c.kind,
+    jobs.c.eta,
+    jobs.c.deadline_seconds,
+).join(jobs, jobs.c.id == orders.c.id)
+
+
+class OrderClaim(NamedTuple):
+    """The claimed orders of an account, its limit, and how many slots are taken now, with the claimed orders."""
+
+    orders: list[ClaimedOrder]
+    limit: SlotLimit
+    taken: int
+    total: int
+
+
+def claim_orders(
+    connection: Connection,
+    account: str,
+    *,
+    configured_slots: int | None,
+    limit: int,
+    token: str,
+    holder: str,
+    lease: timedelta,
+    now: datetime,
+    held_hosts: Collection[str] = (),
+    only_hosts: Collection[str] | None = None,
+) -> OrderClaim:
+    """Claim up to `limit` due orders of an account, as far as it has free slots: highest priority first, then oldest.
+
+    Orders on `held_hosts` are skipped. With `only_hosts`, only orders on these hosts are claimed.
+    """
+    slot_limit = locked_slots(connection, account)
+    taken = _count_taken(connection, account, now)
+    total = slot_limit.total(configured_slots)
+    most = min(limit, slot_limit.free(configured_slots, taken, now))
+    if most < 1:
+        if taken >= total:
+            grown = after_full_use(slot_limit, configured_slots, now)
+            if grown != slot_limit:
+                save_slots(connection, grown)
+        return OrderClaim([], slot_limit, taken, total)
+    values = {
+        "of_account": account,
+        "now": now,
+        "most": most,
+        "hosts": list(only_hosts or ()) or [""],
+        "any_host": only_hosts is None,
+        "held_hosts": list(held_hosts) or [""],
+    }
+    ids = list(connection.execute(_NEXT, values).scalars())
+    if not ids:
+        return OrderClaim([], slot_limit, taken, total)
+    claim_values = {
+        "due_at": now + lease,
+        "claim_token": token,
+        "claim_holder": holder,
+        "takes_slot": True,
+        "slot_until": None,
+        "attempts": orders.c.attempts + 1,
+    }
+    connection.execute(update(orders).where(orders.c.id.in_(ids)).values(claim_values))
+    rows = {row.id: row for row in connection.execute(_CLAIMED.where(orders.c.id.in_(ids)))}
+    claimed = [_claimed_order(rows[job_id], account, token) for job_id in ids if job_id in rows]
+    return OrderClaim(claimed, slot_limit, taken + len(claimed), total)
+
+
+def _claimed_order(row: Any, account: str, token: str) -> ClaimedOrder:
+    return ClaimedOrder(
+        row.id,
+        token,
+        account,
+        row.host,
+        row.endpoint,
+        row.payload,
+        row.kind,
+        row.eta,
+        row.deadline_seconds,
+        row.attempts,
+    )
+
+
+def _slot_rows(connection: Connection, account: str) -> Sequence[Any]:
+    return connection.execute(_BUSY_SLOTS, {"of_account": account}).all()
+
+
+def _count_taken(connection: Connection, account: str, now: datetime) -> int:
+    """Return how many slots of an account are taken, and free those of jobs that the API does not work on any more."""
+    rows = _slot_rows(connection, account)
+    over = [row.id for row in rows if _is_over(row, now)]
+    if over:
+        connection.execute(
+            update(orders).where(orders.c.id.in_(over), orders.c.claim_token.is_(None)).values(SLOT_FREE)
+        )
+    return len(rows) - len(over)
+
+
+def _is_over(row: Any, now: datetime) -> bool:
+    if row.status not in (*ORDER_STATES, "pending"):
+        return True
+    return row.slot_until is not None and bool(row.slot_until <= now)
+
+
+def taken_slots(connection: Connection, account: str, *, now: datetime, without: int) -> int:
+    """Return how many slots of an account are taken by other orders than `without`. The caller has locked its slots."""
+    return sum(row.id != without and not _is_over(row, now) for row in _slot_rows(connection, account))
+
+
+def mark_attempted(connection: Connection, order: ClaimedOrder, *, now: datetime) -> bool:
+    """Note that the request of a claimed order begins now. Return False if the claim was lost.
+
+    From this commit on, the order counts as sent until an answer or an error says otherwise.
+    """
+    claimed = (orders.c.id == order.id, orders.c.claim_token == order.token, orders.c.due_at > now)
+    values = {"attempted_at": now, "attempt_token": order.token}
+    return bool(connection.execute(update(orders).where(*claimed).values(values)).rowcount)
+
+
+def release_unsent(connection: Connection, claimed: Iterable[ClaimedOrder], *, now: datetime) -> None:
+    """Release claimed orders of which no byte was sent. They are due at once."""
+    for order in claimed:
+        own = (orders.c.id == order.id, orders.c.claim_token == order.token)
+        connection.execute(update(orders).where(*own).values(**ORDER_DUE, due_at=now, attempts=orders.c.attempts - 1))
+
+
+# ── actions ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def order_again(connection: Connection, job_ids: Collection[int], *, now: datetime) -> None:
+    """Let failed and uncertain orders wait to be sent again. The caller has locked the jobs' rows."""
+    connection.execute(update(jobs).where(jobs.c.id.in_(job_ids)).values(status="ordered", due_at=None, **clear_end()))
+    again = {**ORDER_DUE, "queue": select(jobs.c.account).where(jobs.c.id == orders.c.id).scalar_subquery()}
+    connection.execute(update(orders).where(orders.c.id.in_(job_ids)).values(**again, due_at=now, last_error=None))
+
+
+def close_cancelled(connection: Connection, job_ids: Collection[int]) -> None:
+    """Close the orders of cancelled jobs. An order that is being sent is closed by its answer."""
+    if not job_ids:
+        return
+    not_being_sent = orders.c.claim_token.is_(None) | orders.c.attempt_token.is_(None)
+    connection.execute(update(orders).where(orders.c.id.in_(job_ids), not_being_sent).values(ORDER_DONE))
