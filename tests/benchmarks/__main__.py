@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tests.benchmarks.deployment import api_server, cpu_seconds
+from tests.benchmarks.orders import measure_orders
 from tests.benchmarks.pace import measure_pace
 from tests.benchmarks.polls import measure_idle, measure_polls, measure_scale
 from tests.benchmarks.rows import (
@@ -64,6 +65,7 @@ def main() -> int:
         "claims": measure_claims,
         "recording": lambda table, folder: measure_recording(table, folder, rounds),
         "tracking": lambda table, folder: measure_tracking(table, folder, rounds),
+        "orders": lambda table, folder: measure_orders(table, folder, rounds, seconds),
         "transfer": lambda table, folder: measure_transfer(table, folder, rounds),
         "downloads": lambda table, folder: measure_downloads(table, folder, rounds),
         "scale-out": lambda table, folder: measure_scale_out(table, folder, rounds, seconds),

@@ -1,5 +1,7 @@
 """A fake API that is never the bottleneck. It answers `processing` to every call, optionally with latency.
 
+An order gets an id of its own.
+
 `python -m tests.benchmarks.server` prints its ports as one JSON line and runs until it is killed. `GET /count` on the
 second port, which is always plain http, returns the number of calls. It is an asyncio protocol on uvloop that finds the
 end of a request and writes a constant answer.
@@ -22,6 +24,10 @@ ANSWER = json.dumps(
         "tip": "Get 20x faster image generation using enterprise plan. Click here : https://modelslab.com/enterprise",
     }
 ).encode()
+
+
+ORDER = b"post /api/v6/images/text2img "
+TAKEN = {"status": "processing", "eta": 3_000, "messege": "Try to fetch request after seconds estimated", "output": []}
 
 
 def response(body: bytes) -> bytes:
@@ -76,6 +82,9 @@ class ApiProtocol(asyncio.Protocol):
             self._write(response(json.dumps({"requests": counts.requests, "most": counts.most_waiting}).encode()))
             return
         counts.requests += 1
+        if head.startswith(ORDER):
+            self._write(response(json.dumps({**TAKEN, "id": counts.requests}).encode()))
+            return
         if not self._latency:
             self._write(PROCESSING)
             return

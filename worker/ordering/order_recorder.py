@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import IntegrityError
 
 from worker.core.circuit_breaker import NO_SUCH_PATH
 from worker.core.order_reply import (
@@ -20,12 +21,12 @@ from worker.core.order_reply import (
     QueueFull,
 )
 from worker.core.pacing.backlog import OrderBacklog
-from worker.core.pacing.policy import PacedJob, PollPlan
+from worker.core.pacing.policy import PacedJob, PaceModel, PollPlan
 from worker.core.reply import AccountRefused, ApiDown, ApiError, Processing, RateLimited, Reply
 from worker.core.slots import after_refusal
 from worker.ordering.options import AfterRecording, OrderOptions
 from worker.polling.breaker_updates import Breakers, update_breakers
-from worker.polling.duration_learner import read_models
+from worker.polling.duration_learner import FRESH_SECONDS, read_models
 from worker.store.counters import ORDERS, Tally
 from worker.store.engine import database_now
 from worker.store.order_results import record_lost, record_refused, record_taken, record_waiting
@@ -34,6 +35,8 @@ from worker.store.slots import locked_slots, save_slots
 
 log = logging.getLogger(__name__)
 
+MAX_BATCH = 50  # answers per transaction
+MAX_MODELS = 2_000
 SOON_SECONDS = 1.0  # a poll run that waits checks for due jobs at least this often
 POSTPONED_MOST = 20  # times that the API may postpone an order, over an hour or more; then it counts as refused
 MAX_POSTPONED_WAIT = 300.0  # seconds
@@ -90,6 +93,7 @@ class OrderRecorder:
         self._after = after
         self._rng = rng
         self._answers: list[OrderAnswer] = []
+        self._models: dict[tuple[str, str], tuple[PaceModel, float]] = {}
 
     @property
     def unwritten(self) -> int:
@@ -101,42 +105,43 @@ class OrderRecorder:
         self._answers += answers
 
     def write(self, breakers: Breakers, accepted_rates: Mapping[str, float]) -> None:
-        """Write the accepted answers and update the circuit breakers. Raises the errors of a database that is away.
+        """Write the accepted answers and update the circuit breakers. Raises the errors of a database that is away."""
+        while self._answers:
+            batch = self._answers[:MAX_BATCH]
+            try:
+                self._write_batch(batch, breakers, accepted_rates, alone=len(batch) == 1)
+            except IntegrityError:  # the API gave the id of another job: each answer is written alone
+                for answer in batch:
+                    self._write_batch([answer], breakers, accepted_rates, alone=True)
 
-        Each answer has its own transaction, so that no answer depends on another one.
-        """
-        soon, outputs, ended = False, list[int](), list[int]()
-        try:
-            while self._answers:
-                answer = self._answers[0]
-                with self._engine.begin() as connection:
-                    now = database_now(connection)
-                    changed = update_breakers(
-                        connection, [answer], breakers, self._options.rps, accepted_rates, now=now
-                    )
-                    tally = Tally()
-                    tally.add(ORDERS, NAMES[type(answer.order_reply)], account=answer.job.account)
-                    result = self._record(connection, answer, tally, now)
-                    tally.write(connection)
-                breakers.update(changed)
-                del self._answers[0]
-                soon = soon or result.soon
-                outputs += result.outputs
-                ended += result.ended
-        finally:
-            if soon:
-                self._after.poll()
-            self._after.queue_downloads(outputs)
-            self._after.notify(ended)
+    def _write_batch(
+        self, batch: Sequence[OrderAnswer], breakers: Breakers, accepted_rates: Mapping[str, float], *, alone: bool
+    ) -> None:
+        """Write answers in one transaction."""
+        tally = Tally()
+        with self._engine.begin() as connection:
+            now = database_now(connection)
+            changed = update_breakers(connection, batch, breakers, self._options.rps, accepted_rates, now=now)
+            results = [self._record(connection, answer, tally, now, alone=alone) for answer in batch]
+            tally.write(connection)
+        breakers.update(changed)
+        del self._answers[: len(batch)]
+        if any(result.soon for result in results):
+            self._after.poll()
+        self._after.queue_downloads([output_id for result in results for output_id in result.outputs])
+        self._after.notify([job_id for result in results for job_id in result.ended])
 
-    def _record(self, connection: Connection, answer: OrderAnswer, tally: Tally, now: datetime) -> "_Result":
+    def _record(
+        self, connection: Connection, answer: OrderAnswer, tally: Tally, now: datetime, *, alone: bool
+    ) -> "_Result":
         order = answer.job
+        tally.add(ORDERS, NAMES[type(answer.order_reply)], account=order.account)
         match answer.order_reply:
             case OrderTaken() as reply:
                 if reply.warning is not None:
                     log.warning("%s job=%s", reply.warning, order.id)
                 plan = self._first_poll(connection, order, reply, time.monotonic() - answer.sent)
-                taken = record_taken(connection, order, reply, plan, tally, now=now)
+                taken = record_taken(connection, order, reply, plan, tally, now=now, alone=alone)
                 if taken is None:
                     return _Result()
                 return _Result(plan.wait < SOON_SECONDS, tuple(taken.outputs), (order.id,) if taken.ended else ())
@@ -176,10 +181,19 @@ class OrderRecorder:
 
     def _first_poll(self, connection: Connection, order: ClaimedOrder, reply: OrderTaken, age: float) -> PollPlan:
         """Return when to poll the job first."""
-        model, _ = read_models(connection, [(order.account, order.kind)])[order.account, order.kind]
+        model = self._model(connection, order.account, order.kind)
         eta = reply.eta if order.eta is None else order.eta
         job = PacedJob(max(age, 0.0), eta=eta, seconds_left=order.deadline_seconds - age)
         return self._backlog.pace(self._options.pace, order.account).first(job, model, spread=self._rng.random())
+
+    def _model(self, connection: Connection, account: str, kind: str) -> PaceModel:
+        model, until = self._models.get((account, kind), (None, 0.0))
+        if model is None or time.monotonic() >= until:
+            if len(self._models) >= MAX_MODELS:
+                self._models.clear()
+            model, _ = read_models(connection, [(account, kind)])[account, kind]
+            self._models[account, kind] = (model, time.monotonic() + FRESH_SECONDS)
+        return model
 
 
 class _Result(NamedTuple):

@@ -146,17 +146,17 @@ class Submitter:
         report = SubmitReport()
         self._record([], report)  # if the database is still away, nothing more is claimed
         idle_until = time.monotonic() + IDLE_SECONDS
-        look_at = 0.0
+        looked_at, look_at = 0.0, 0.0
         while True:
             now = time.monotonic()
             over = now >= until or self._stopping.is_set()
             if over and not (self.busy and (finish or self._stopping.is_set())):
                 report.more = self.busy or not self._stopping.is_set()
                 return report
-            if not over and (now >= look_at or now < self._alert_until):
+            if not over and now >= (min(look_at, looked_at + LOOK_SECONDS) if now < self._alert_until else look_at):
                 view = self._claims.view()
                 started = self._start(view)
-                look_at = now + (LOOK_SECONDS if started else IDLE_SECONDS)
+                looked_at, look_at = now, now + (LOOK_SECONDS if started else IDLE_SECONDS)
                 if started or view.waiting:
                     idle_until = now + IDLE_SECONDS
             if not self.busy and now >= idle_until:
@@ -172,13 +172,9 @@ class Submitter:
             reservation = self._budget.take(account, max(room, 0), rate=view.rate(account, self._options.rps(account)))
             claimed = self._claims.claim(account, view, limit=len(reservation.send_times))
             self._budget.give_back(reservation, len(reservation.send_times) - len(claimed.orders))
-            if claimed.orders:
-                self._leases.hold()
             for order, moment in zip(claimed.orders, reservation.send_times, strict=False):
+                self._leases.hold()  # until the request is finished
                 self._requests.start(partial(self._send, order, moment, view, probe=claimed.probe), account)
-                self._leases.hold()
-            if claimed.orders:
-                self._leases.drop()
             started += len(claimed.orders)
         return started
 

@@ -5,6 +5,7 @@ that comes late says what became of an order that counts as uncertain.
 """
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -34,9 +35,20 @@ class Taken(NamedTuple):
 
 
 def record_taken(
-    connection: Connection, order: ClaimedOrder, reply: OrderTaken, plan: PollPlan, tally: Tally, *, now: datetime
+    connection: Connection,
+    order: ClaimedOrder,
+    reply: OrderTaken,
+    plan: PollPlan,
+    tally: Tally,
+    *,
+    now: datetime,
+    alone: bool = True,
 ) -> Taken | None:
-    """Record that the API took an order. Return None if the attempt is not the last one, or the job was cancelled."""
+    """Record that the API took an order. Return None if the attempt is not the last one, or the job was cancelled.
+
+    If another job has the remote id, the job ends. Without `alone`, IntegrityError is raised instead, and the caller
+    records each answer of its transaction again, alone.
+    """
     job = _lock_attempt(connection, order)
     if job is None:
         return None
@@ -58,9 +70,11 @@ def record_taken(
         due_at = now + timedelta(seconds=plan.wait)
         values |= {"status": "pending", "due_at": due_at, "pace_scale": plan.scale, "pace_growth": plan.growth}
     try:
-        with connection.begin_nested():
+        with connection.begin_nested() if alone else nullcontext():
             connection.execute(update(jobs).where(jobs.c.id == order.id).values(values))
     except IntegrityError:
+        if not alone:
+            raise
         message = f"the API answered with the id {reply.remote_id}, which another job of this account has"
         _fail(connection, job, "duplicate_id", message, tally, now)
         return Taken(ended=True)

@@ -34,6 +34,7 @@ from worker.store.schema import jobs, orders, slots
 from worker.store.slots import locked_slots, save_slots
 from worker.store.transitions import ORDER_DONE, ORDER_DUE, SLOT_FREE, clear_end
 
+FREED_MOST = 200  # slots of an account that one claim frees
 COUNTED_MOST = 100  # waiting orders of an account: more make no difference
 UNNAMED = "order:"  # the start of the fetch address of a job that the API has not named yet
 
@@ -182,21 +183,33 @@ class QueuePlace(NamedTuple):
     taken: int
 
 
-def queue_place(connection: Connection, order: Row[Any]) -> QueuePlace:
+def queue_place(connection: Connection, order: Row[Any], *, now: datetime) -> QueuePlace:
     """Return the place of a waiting order, and how many slots of its account are taken."""
     earlier = or_(
         orders.c.order_rank < order.order_rank, (orders.c.order_rank == order.order_rank) & (orders.c.id < order.id)
     )
     before = select(func.count()).where(orders.c.queue == order.queue, orders.c.takes_slot.is_(False), earlier)
-    return QueuePlace(connection.execute(before).scalar_one(), len(_slot_rows(connection, order.queue)))
+    values = {"of_account": order.queue, "now": now}
+    return QueuePlace(connection.execute(before).scalar_one(), connection.execute(_TAKEN, values).scalar_one())
 
 
 # ── claiming ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_BUSY_SLOTS = (
-    select(orders.c.id, orders.c.slot_until, jobs.c.status)
+_NOW = bindparam("now", type_=orders.c.due_at.type)
+_IS_OVER = or_(jobs.c.status.not_in((*ORDER_STATES, "pending")), orders.c.slot_until <= _NOW)
+_IN_SLOTS = (orders.c.queue == bindparam("of_account"), orders.c.takes_slot.is_(True))
+_TAKEN = (
+    select(func.count())
+    .select_from(orders)
     .join(jobs, jobs.c.id == orders.c.id)
-    .where(orders.c.queue == bindparam("of_account"), orders.c.takes_slot.is_(True))
+    .where(*_IN_SLOTS, or_(orders.c.slot_until.is_(None), orders.c.slot_until > _NOW))
+    .where(jobs.c.status.in_((*ORDER_STATES, "pending")))
+)
+_OVER = (
+    select(orders.c.id)
+    .join(jobs, jobs.c.id == orders.c.id)
+    .where(*_IN_SLOTS, _IS_OVER, orders.c.claim_token.is_(None))
+    .limit(FREED_MOST)
 )
 _NEXT = (
     select(orders.c.id)
@@ -300,30 +313,19 @@ def _claimed_order(row: Any, account: str, token: str) -> ClaimedOrder:
     )
 
 
-def _slot_rows(connection: Connection, account: str) -> Sequence[Any]:
-    return connection.execute(_BUSY_SLOTS, {"of_account": account}).all()
-
-
 def _count_taken(connection: Connection, account: str, now: datetime) -> int:
     """Return how many slots of an account are taken, and free those of jobs that the API does not work on any more."""
-    rows = _slot_rows(connection, account)
-    over = [row.id for row in rows if _is_over(row, now)]
+    values = {"of_account": account, "now": now}
+    over = list(connection.execute(_OVER, values).scalars())
     if over:
-        connection.execute(
-            update(orders).where(orders.c.id.in_(over), orders.c.claim_token.is_(None)).values(SLOT_FREE)
-        )
-    return len(rows) - len(over)
-
-
-def _is_over(row: Any, now: datetime) -> bool:
-    if row.status not in (*ORDER_STATES, "pending"):
-        return True
-    return row.slot_until is not None and bool(row.slot_until <= now)
+        connection.execute(update(orders).where(orders.c.id.in_(over)).values(SLOT_FREE))
+    return int(connection.execute(_TAKEN, values).scalar_one())
 
 
 def taken_slots(connection: Connection, account: str, *, now: datetime, without: int) -> int:
     """Return how many slots of an account are taken by other orders than `without`. The caller has locked its slots."""
-    return sum(row.id != without and not _is_over(row, now) for row in _slot_rows(connection, account))
+    query = _TAKEN.where(orders.c.id != without)
+    return int(connection.execute(query, {"of_account": account, "now": now}).scalar_one())
 
 
 def mark_attempted(connection: Connection, order: ClaimedOrder, *, now: datetime) -> bool:
