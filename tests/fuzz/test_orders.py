@@ -20,7 +20,9 @@ from worker.core.slots import DEFAULT_SLOTS
 from worker.store.counters import Tally
 from worker.store.jobs import cancel, retry
 from worker.store.order_results import (
+    TakenOrder,
     attach,
+    lock_attempts,
     record_lost,
     record_refused,
     record_taken,
@@ -101,8 +103,7 @@ class OrderMachine(RuleBasedStateMachine):
             3_600,
         )
         with self.engine.begin() as connection:
-            job_id, created = insert_order(connection, new, now=self.now)
-        assert created
+            job_id = insert_order(connection, new, now=self.now)
         self.model[job_id] = Order()
 
     @rule(holder=st.sampled_from(HOLDERS), limit=st.integers(1, 4))
@@ -134,7 +135,7 @@ class OrderMachine(RuleBasedStateMachine):
             return
         claim = data.draw(st.sampled_from(waiting))
         with self.engine.begin() as connection:
-            noted = mark_attempted(connection, claim.order, now=self.now)
+            noted = mark_attempted(connection, [claim.order], now=self.now)
         if not noted:
             self.claims.remove(claim)
             return
@@ -158,24 +159,26 @@ class OrderMachine(RuleBasedStateMachine):
         decides = stands and expected.state in ("ordered", "uncertain")
         remote_id = str(next(self.numbers))
         with self.engine.begin() as connection:
+            locked = lock_attempts(connection, [order])
             match answer:
                 case "taken" | "ready":
                     links = (Link("https://h/a.png"),) if answer == "ready" else ()
                     reply = OrderTaken(remote_id, _address(remote_id), "images", outputs=links)
-                    taken = record_taken(connection, order, reply, PollPlan(5.0), tally, now=self.now)
+                    item = TakenOrder(order, reply, PollPlan(5.0))
+                    taken = record_taken(connection, item, locked, tally, now=self.now)
                     assert (taken is not None) == decides
                     after = "downloading" if links else "pending"
                 case "refused":
-                    ended = record_refused(connection, order, "refused", "no", tally, now=self.now)
+                    ended = record_refused(connection, order, locked, "refused", "no", tally, now=self.now)
                     assert ended == decides
                     after = "failed"
                 case "waits":
                     due_at = self.now + timedelta(seconds=5)
-                    assert record_waiting(connection, order, "later", due_at=due_at) == decides
+                    assert record_waiting(connection, order, locked, "later", due_at=due_at) == decides
                     after = "ordered"
                     expected.allowed += decides
                 case _:
-                    uncertain = record_lost(connection, order, "reset", now=self.now)
+                    uncertain = record_lost(connection, order, locked, "reset", now=self.now)
                     assert uncertain == (decides and expected.state == "ordered")
                     after = "uncertain"
         if decides:

@@ -24,7 +24,7 @@ from worker.sandbox.scenarios import SCENARIOS, Scenario
 from worker.settings import Settings
 from worker.store.bulk_write import insert_missing
 from worker.store.engine import database_now
-from worker.store.orders import insert_order
+from worker.store.orders import insert_order, job_of_order
 from worker.store.schema import breakers, jobs, orders, slots
 from worker.system.redaction import Scrubber
 from worker.vendor.fetch_url import AllowedApi
@@ -89,7 +89,7 @@ class Sending:
         with self.engine.begin() as connection:
             now = database_now(connection)
             new = planned_order(settings, key or f"key of {prompt}", endpoint, {"prompt": prompt}, options)
-            return insert_order(connection, new, now=now)[0]
+            return job_of_order(connection, new.key) or insert_order(connection, new, now=now)
 
     def submit(self) -> str:
         """Send the orders that can be sent now. Return the report."""

@@ -2,10 +2,10 @@
 
 import threading
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import Connection, select, update
 
 from tests.ordering.sending import KEY, Sending, answer_next_order, last_remote_id, lose_next_answer, refuse_next
 from worker.core.order_reply import OrderTaken
@@ -15,8 +15,11 @@ from worker.store.counters import Tally
 from worker.store.engine import database_now
 from worker.store.jobs import cancel, retry
 from worker.store.order_results import (
+    Taken,
+    TakenOrder,
     attach,
     has_lapsed_orders,
+    lock_attempts,
     record_taken,
     release_lapsed_orders,
     release_orders_of,
@@ -295,7 +298,12 @@ def _claim(sending: Sending, *, seconds: float = 30.0) -> ClaimedOrder:
 
 def _attempt(sending: Sending, order: ClaimedOrder) -> bool:
     with sending.engine.begin() as connection:
-        return mark_attempted(connection, order, now=database_now(connection))
+        return bool(mark_attempted(connection, [order], now=database_now(connection)))
+
+
+def _record_taken(connection: Connection, order: ClaimedOrder, reply: OrderTaken, *, now: datetime) -> Taken | None:
+    locked = lock_attempts(connection, [order])
+    return record_taken(connection, TakenOrder(order, reply, PollPlan(1.0)), locked, Tally(), now=now)
 
 
 @pytest.mark.parametrize(("attempted", "state"), [(False, "ordered"), (True, "uncertain")])
@@ -334,8 +342,8 @@ def test_given_an_answer_that_comes_after_the_lease_when_the_order_is_uncertain_
     address = fetch_address(f"{sandbox.root_url}/api/v6/images/fetch/77", "77", sending.api)
 
     with sending.engine.begin() as connection:
-        now, tally = database_now(connection), Tally()
-        taken = record_taken(connection, order, OrderTaken("77", address, "images"), PollPlan(1.0), tally, now=now)
+        now = database_now(connection)
+        taken = _record_taken(connection, order, OrderTaken("77", address, "images"), now=now)
 
     assert taken is not None
     assert (sending.job(job_id).status, sending.job(job_id).remote_id) == ("pending", "77")
@@ -356,7 +364,7 @@ def test_given_an_order_that_was_retried_when_the_answer_to_its_first_request_co
     with sending.engine.begin() as connection:
         now = database_now(connection)
         reply = OrderTaken("77", address, "images")
-        assert record_taken(connection, order, reply, PollPlan(1.0), Tally(), now=now) is None
+        assert _record_taken(connection, order, reply, now=now) is None
 
     assert sending.job(job_id).status == "ordered"
 
@@ -373,7 +381,7 @@ def test_given_an_order_that_is_cancelled_while_it_is_sent_when_the_answer_comes
         now = database_now(connection)
         cancel(connection, job_id, Tally(), now=now)
         reply = OrderTaken("77", address, "images")
-        assert record_taken(connection, order, reply, PollPlan(1.0), Tally(), now=now) is None
+        assert _record_taken(connection, order, reply, now=now) is None
 
     assert sending.job(job_id).status == "cancelled"
     assert "77" in sending.row(job_id).last_error
@@ -389,7 +397,7 @@ def test_given_an_answer_with_the_id_of_another_job_when_it_is_recorded_then_the
         _attempt(sending, order)
         with sending.engine.begin() as connection:
             now = database_now(connection)
-            record_taken(connection, order, OrderTaken("77", address, "images"), PollPlan(1.0), Tally(), now=now)
+            _record_taken(connection, order, OrderTaken("77", address, "images"), now=now)
 
     assert sending.job(first).status == "pending"
     assert (sending.job(second).status, sending.job(second).error_code) == ("failed", "duplicate_id")

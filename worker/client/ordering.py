@@ -22,7 +22,7 @@ from worker.settings import Settings
 from worker.store.audit import record_job_action
 from worker.store.engine import database_now
 from worker.store.order_results import attach as attach_order
-from worker.store.orders import NewOrder, insert_order, order_row
+from worker.store.orders import NewOrder, insert_order, job_of_order, order_row
 from worker.system.redaction import Scrubber, shared_scrubber
 from worker.vendor.fetch_url import fetch_address
 from worker.vendor.order_endpoint import OrderTarget, order_target
@@ -87,10 +87,11 @@ def order_once(key: str, endpoint: object, payload: object, options: Mapping[str
     """Order a job for a message that may be delivered again. `key` is equal for all deliveries of the message."""
     settings = cached_settings()
     new_order = planned_order(settings, key, endpoint, payload, options)
+    write = partial(_insert_missing, order=new_order)
     try:
-        return commit(settings, partial(_insert, order=new_order))
+        return commit(settings, write)
     except IntegrityError:  # another delivery was faster
-        return commit(settings, partial(_insert, order=new_order))
+        return commit(settings, write)
 
 
 OPTIONS: Mapping[str, Any] = {
@@ -175,8 +176,12 @@ def _checked_payload(payload: object, scrubber: Scrubber) -> str:
 
 
 def _insert(connection: Connection, order: NewOrder) -> tuple[TrackedJob, bool]:
-    job_id, created = insert_order(connection, order, now=database_now(connection))
-    return (CreatedJob if created else TrackedJob)(job_id), created
+    return CreatedJob(insert_order(connection, order, now=database_now(connection))), True
+
+
+def _insert_missing(connection: Connection, order: NewOrder) -> tuple[TrackedJob, bool]:
+    job_id = job_of_order(connection, order.key)
+    return _insert(connection, order) if job_id is None else (TrackedJob(job_id), False)
 
 
 def attach(job_id: int, remote_id: str | int) -> bool:

@@ -29,7 +29,16 @@ from worker.polling.breaker_updates import Breakers, update_breakers
 from worker.polling.duration_learner import FRESH_SECONDS, read_models
 from worker.store.counters import ORDERS, Tally
 from worker.store.engine import database_now
-from worker.store.order_results import record_lost, record_refused, record_taken, record_waiting
+from worker.store.order_results import (
+    Locked,
+    TakenOrder,
+    lock_attempts,
+    record_all_taken,
+    record_lost,
+    record_refused,
+    record_taken,
+    record_waiting,
+)
 from worker.store.orders import ClaimedOrder, taken_slots
 from worker.store.slots import locked_slots, save_slots
 
@@ -119,53 +128,84 @@ class OrderRecorder:
     ) -> None:
         """Write answers in one transaction."""
         tally = Tally()
+        plain: list[TakenOrder] = []  # the usual answers, which are written together
         with self._engine.begin() as connection:
             now = database_now(connection)
             changed = update_breakers(connection, batch, breakers, self._options.rps, accepted_rates, now=now)
-            results = [self._record(connection, answer, tally, now, alone=alone) for answer in batch]
+            locked = lock_attempts(connection, [answer.job for answer in batch])
+            results = []
+            for answer in batch:
+                tally.add(ORDERS, NAMES[type(answer.order_reply)], account=answer.job.account)
+                if isinstance(answer.order_reply, OrderTaken):
+                    taken = self._taken(connection, answer, answer.order_reply)
+                    if alone or taken.reply.outputs or taken.reply.promised:
+                        results.append(self._record_taken(connection, taken, locked, tally, now))
+                    else:
+                        plain.append(taken)
+                else:
+                    results.append(self._record(connection, answer, locked, tally, now))
+            record_all_taken(connection, plain, locked, now=now)
             tally.write(connection)
         breakers.update(changed)
         del self._answers[: len(batch)]
-        if any(result.soon for result in results):
+        if any(result.soon for result in results) or any(taken.plan.wait < SOON_SECONDS for taken in plain):
             self._after.poll()
         self._after.queue_downloads([output_id for result in results for output_id in result.outputs])
         self._after.notify([job_id for result in results for job_id in result.ended])
 
+    def _taken(self, connection: Connection, answer: OrderAnswer, reply: OrderTaken) -> TakenOrder:
+        if reply.warning is not None:
+            log.warning("%s job=%s", reply.warning, answer.job.id)
+        return TakenOrder(
+            answer.job, reply, self._first_poll(connection, answer.job, reply, time.monotonic() - answer.sent)
+        )
+
+    def _record_taken(
+        self, connection: Connection, taken: TakenOrder, locked: Locked, tally: Tally, now: datetime
+    ) -> "_Result":
+        result = record_taken(connection, taken, locked, tally, now=now)
+        if result is None:
+            return _Result()
+        ended = (taken.order.id,) if result.ended else ()
+        return _Result(taken.plan.wait < SOON_SECONDS, tuple(result.outputs), ended)
+
     def _record(
-        self, connection: Connection, answer: OrderAnswer, tally: Tally, now: datetime, *, alone: bool
+        self, connection: Connection, answer: OrderAnswer, locked: Locked, tally: Tally, now: datetime
     ) -> "_Result":
         order = answer.job
-        tally.add(ORDERS, NAMES[type(answer.order_reply)], account=order.account)
         match answer.order_reply:
-            case OrderTaken() as reply:
-                if reply.warning is not None:
-                    log.warning("%s job=%s", reply.warning, order.id)
-                plan = self._first_poll(connection, order, reply, time.monotonic() - answer.sent)
-                taken = record_taken(connection, order, reply, plan, tally, now=now, alone=alone)
-                if taken is None:
-                    return _Result()
-                return _Result(plan.wait < SOON_SECONDS, tuple(taken.outputs), (order.id,) if taken.ended else ())
             case OrderRefused(code, message):
-                ended = record_refused(connection, order, code, message, tally, now=now)
-                return _Result(ended=(order.id,) if ended else ())
+                return self._refused(connection, order, locked, code, message, tally, now)
             case AnswerLost(message):
-                if record_lost(connection, order, message, now=now):
+                if record_lost(connection, order, locked, message, now=now):
                     log.error("an order is uncertain, its answer is lost job=%s reason=%s", order.id, message)
             case QueueFull(message, seconds, limit):
                 self._refused_by_queue(connection, order, seconds, limit, now)
-                record_waiting(connection, order, message, due_at=now)
+                record_waiting(connection, order, locked, message, due_at=now)
             case OrderPostponed(message, seconds):
                 if order.attempts >= POSTPONED_MOST:
                     message = f"postponed {order.attempts} times, at last: {message}"
-                    ended = record_refused(connection, order, "refused", message, tally, now=now)
-                    return _Result(ended=(order.id,) if ended else ())
+                    return self._refused(connection, order, locked, "refused", message, tally, now)
                 wait = timedelta(seconds=max(seconds, min(2.0**order.attempts, MAX_POSTPONED_WAIT)))
-                record_waiting(connection, order, message, due_at=now + wait, counts=True)
+                record_waiting(connection, order, locked, message, due_at=now + wait, counts=True)
             case OrderNotSent(message):
-                record_waiting(connection, order, message, due_at=now + timedelta(seconds=NOT_SENT_WAIT))
+                record_waiting(connection, order, locked, message, due_at=now + timedelta(seconds=NOT_SENT_WAIT))
             case RateLimited(_, message) | AccountRefused(_, message):
-                record_waiting(connection, order, message, due_at=now)
+                record_waiting(connection, order, locked, message, due_at=now)
         return _Result()
+
+    def _refused(
+        self,
+        connection: Connection,
+        order: ClaimedOrder,
+        locked: Locked,
+        code: str,
+        message: str,
+        tally: Tally,
+        now: datetime,
+    ) -> "_Result":
+        ended = record_refused(connection, order, locked, code, message, tally, now=now)
+        return _Result(ended=(order.id,) if ended else ())
 
     def _refused_by_queue(
         self, connection: Connection, order: ClaimedOrder, seconds: float, named: int | None, now: datetime

@@ -9,11 +9,12 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
+from typing import NamedTuple
 
 from pydantic import SecretStr
 from sqlalchemy import Engine
@@ -28,6 +29,7 @@ from worker.ordering.order_claims import OrderClaims, OrderView
 from worker.ordering.order_client import OrderClient
 from worker.ordering.order_recorder import NAMES, OrderAnswer, OrderRecorder
 from worker.polling.breaker_updates import count_accepted
+from worker.store.engine import database_now
 from worker.store.orders import ClaimedOrder, mark_attempted
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 RUN_SECONDS = 10.0  # a task should end soon, so that monitors show what it did and its worker can stop
 IDLE_SECONDS = 1.0  # longest time between two looks: a wake-up can get lost
 LOOK_SECONDS = 0.05  # least time between two looks
+GATHER_SECONDS = 0.005  # what arrives within this time is written together
 ALERT_SECONDS = 0.4  # look often after a wake-up: its sender sends no second one for a while
 
 
@@ -127,7 +130,7 @@ class Submitter:
             self._claims.slots_may_be_free()
             self._start(self._claims.view())
             while self.busy:
-                self._record(self._requests.answers(IDLE_SECONDS), report)
+                self._record(IDLE_SECONDS, report)
         return report
 
     def run(self, *, seconds: float = RUN_SECONDS, finish: bool = False) -> SubmitReport | None:
@@ -144,7 +147,7 @@ class Submitter:
 
     def _run(self, until: float, finish: bool) -> SubmitReport:
         report = SubmitReport()
-        self._record([], report)  # if the database is still away, nothing more is claimed
+        self._record(0.0, report)  # if the database is still away, nothing more is claimed
         idle_until = time.monotonic() + IDLE_SECONDS
         looked_at, look_at = 0.0, 0.0
         while True:
@@ -162,7 +165,7 @@ class Submitter:
             if not self.busy and now >= idle_until:
                 return report
             wait = LOOK_SECONDS if now < self._alert_until else max(min(look_at, until) - now, LOOK_SECONDS)
-            self._record(self._requests.answers(wait), report)
+            self._record(wait, report)
 
     def _start(self, view: OrderView) -> int:
         """Claim the orders that can be sent now, and start their requests. Return how many were started."""
@@ -174,11 +177,11 @@ class Submitter:
             self._budget.give_back(reservation, len(reservation.send_times) - len(claimed.orders))
             for order, moment in zip(claimed.orders, reservation.send_times, strict=False):
                 self._leases.hold()  # until the request is finished
-                self._requests.start(partial(self._send, order, moment, view, probe=claimed.probe), account)
+                self._requests.start(partial(self._send, order, moment, probe=claimed.probe), account)
             started += len(claimed.orders)
         return started
 
-    def _send(self, order: ClaimedOrder, moment: float, view: OrderView, *, probe: bool) -> OrderAnswer | ClaimedOrder:
+    def _send(self, order: ClaimedOrder, moment: float, *, probe: bool) -> OrderAnswer | ClaimedOrder:
         """Send one order. Return the answer, or the order itself if no byte of it was sent and its claim ends."""
         delay = moment - time.monotonic()
         if delay > 0:
@@ -188,7 +191,7 @@ class Submitter:
         if key is None or self._stopping.is_set():
             return order
         try:
-            reply = self._client.send(order, SecretStr(key.get_secret_value()), partial(self._attempt, order, view))
+            reply = self._client.send(order, SecretStr(key.get_secret_value()), partial(self._attempt, order))
         except LeaseLost:
             log.warning("a lease may have ended, the order was not sent job=%s", order.id)
             return order
@@ -197,15 +200,35 @@ class Submitter:
             return order
         return OrderAnswer(order, reply, probe, began)
 
-    def _attempt(self, order: ClaimedOrder, view: OrderView) -> None:
-        """Note that an order is sent now. Raises LeaseLost if its claim may have ended."""
+    def _attempt(self, order: ClaimedOrder) -> None:
+        """Wait until the loop has noted that an order is sent now. Raises LeaseLost if its claim may have ended."""
         self._leases.check(order.id, order.token)
-        with self._engine.begin() as connection:
-            noted = mark_attempted(connection, order, now=view.time())
+        noted = self._requests.ask_to_note(order).result(timeout=self._options.timeout)
         if not noted:
             raise LeaseLost
 
-    def _record(self, finished: "list[OrderAnswer | ClaimedOrder]", report: SubmitReport) -> None:
+    def _note_attempts(self, attempts: "Sequence[_Attempt]") -> None:
+        """Note that these orders are sent now, in one transaction. If that fails, or at a stop, none of them is sent."""
+        if self._stopping.is_set():
+            for attempt in attempts:
+                attempt.noted.set_result(False)  # nothing of it was sent: another process sends it
+            return
+        if not attempts:
+            return
+        try:
+            with self._engine.begin() as connection:
+                now = database_now(connection)
+                noted = mark_attempted(connection, [attempt.order for attempt in attempts], now=now)
+        except Exception as error:
+            for attempt in attempts:
+                attempt.noted.set_exception(error)
+            raise
+        for attempt in attempts:
+            attempt.noted.set_result(attempt.order.id in noted)
+
+    def _record(self, timeout: float, report: SubmitReport) -> None:
+        """Wait up to `timeout` seconds for something to do: note attempts, record answers, release unsent orders."""
+        attempts, finished = self._requests.take(timeout)
         answers = [item for item in finished if isinstance(item, OrderAnswer)]
         report.sent += len(answers)
         report.answers.update(type(answer.order_reply) for answer in answers)
@@ -213,19 +236,27 @@ class Submitter:
         self._claims.release_later([item for item in finished if isinstance(item, ClaimedOrder)])
         for _ in finished:
             self._leases.drop()
+        self._note_attempts(attempts)
         self._claims.release_now()
         if self._recorder.unwritten:
             self._recorder.write(self._claims.breakers, count_accepted(self._budget, answers))
             self._claims.slots_may_be_free()
 
 
+class _Attempt(NamedTuple):
+    """An order whose connection is open. `noted` becomes true when it may be sent."""
+
+    order: ClaimedOrder
+    noted: "Future[bool]"
+
+
 class _Requests:
-    """The requests in flight, each in a thread of its own."""
+    """The requests in flight, each in a thread of its own. The threads report to one inbox."""
 
     def __init__(self, threads: int) -> None:
         self._executor = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="order")
         self._threads = threads
-        self._inbox: SimpleQueue[tuple[str, OrderAnswer | ClaimedOrder] | None] = SimpleQueue()
+        self._inbox: SimpleQueue[_Attempt | tuple[str, OrderAnswer | ClaimedOrder] | None] = SimpleQueue()
         self._by_account: Counter[str] = Counter()
 
     @property
@@ -243,22 +274,35 @@ class _Requests:
         self._by_account[account] += 1
         self._executor.submit(lambda: self._inbox.put((account, send())))
 
+    def ask_to_note(self, order: ClaimedOrder) -> "Future[bool]":
+        noted: Future[bool] = Future()
+        self._inbox.put(_Attempt(order, noted))
+        return noted
+
     def wake(self) -> None:
         self._inbox.put(None)
 
-    def answers(self, timeout: float) -> "list[OrderAnswer | ClaimedOrder]":
-        """Return the finished requests. Wait up to `timeout` seconds for the first one, or for `wake`."""
-        finished = []
+    def take(self, timeout: float) -> "tuple[list[_Attempt], list[OrderAnswer | ClaimedOrder]]":
+        """Return the attempts to note, and the finished requests. Wait up to `timeout` seconds for the first of them.
+
+        `wake` ends the wait. Some milliseconds later, there are often more: one transaction is enough for all.
+        """
+        attempts: list[_Attempt] = []
+        finished: list[OrderAnswer | ClaimedOrder] = []
         try:
             item = self._inbox.get(timeout=timeout)
+            if item is not None and self.outstanding > 1:
+                time.sleep(GATHER_SECONDS)
             while True:
-                if item is not None:
+                if isinstance(item, _Attempt):
+                    attempts.append(item)
+                elif item is not None:
                     account, result = item
                     self._by_account[account] -= 1
                     finished.append(result)
                 item = self._inbox.get_nowait()
         except Empty:
-            return finished
+            return attempts, finished
 
     def close(self) -> None:
         self._executor.shutdown(wait=False)

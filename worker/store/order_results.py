@@ -4,12 +4,11 @@ A result is written while the token of its attempt is in the row. That is also s
 that comes late says what became of an order that counts as uncertain.
 """
 
-from collections.abc import Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, select, update
 from sqlalchemy.exc import IntegrityError
 
 from worker.core.identity import FetchAddress
@@ -22,7 +21,7 @@ from worker.store.new_outputs import insert_outputs
 from worker.store.orders import ClaimedOrder
 from worker.store.promises import add_promises
 from worker.store.schema import jobs, orders
-from worker.store.transitions import NO_CLAIM, ORDER_DONE, ORDER_DUE, job_downloading, job_ended
+from worker.store.transitions import AT_API, NO_CLAIM, ORDER_DONE, ORDER_DUE, job_downloading, job_ended
 
 UNCERTAIN_SLOT = timedelta(seconds=60)  # how long an order may still be at the API whose answer was lost
 
@@ -34,47 +33,52 @@ class Taken(NamedTuple):
     ended: bool = False
 
 
+Locked = Mapping[int, Any]  # the rows of jobs with their orders, by id
+
+
+def lock_attempts(connection: Connection, claimed: Collection[ClaimedOrder]) -> Locked:
+    """Lock the jobs of these orders and the orders. Leave out those of which this is not the last attempt.
+
+    An answer to an earlier attempt changes nothing. So does an answer to an attempt whose result is recorded.
+    """
+    query = _ATTEMPTS.where(jobs.c.id.in_(sorted(order.id for order in claimed))).order_by(jobs.c.id).with_for_update()
+    rows = {row.id: row for row in connection.execute(query)}
+    return {
+        order.id: rows[order.id]
+        for order in claimed
+        if order.id in rows and order.token in (rows[order.id].attempt_token, rows[order.id].claim_token)
+    }
+
+
+_ATTEMPTS = select(
+    *(jobs.c.id, jobs.c.status, jobs.c.account, jobs.c.kind, jobs.c.deadline_seconds),
+    *(orders.c.attempted_at, orders.c.attempt_token, orders.c.claim_token),
+).join(orders, orders.c.id == jobs.c.id)
+
+
+class TakenOrder(NamedTuple):
+    """An order that the API took, its answer, and the plan of its first poll."""
+
+    order: ClaimedOrder
+    reply: OrderTaken
+    plan: PollPlan
+
+
 def record_taken(
-    connection: Connection,
-    order: ClaimedOrder,
-    reply: OrderTaken,
-    plan: PollPlan,
-    tally: Tally,
-    *,
-    now: datetime,
-    alone: bool = True,
+    connection: Connection, taken: TakenOrder, locked: Locked, tally: Tally, *, now: datetime
 ) -> Taken | None:
     """Record that the API took an order. Return None if the attempt is not the last one, or the job was cancelled.
 
-    If another job has the remote id, the job ends. Without `alone`, IntegrityError is raised instead, and the caller
-    records each answer of its transaction again, alone.
+    If another job has the remote id, the job ends.
     """
-    job = _lock_attempt(connection, order)
+    order, reply, _ = taken
+    job = _ordered_job(connection, order, locked, f"the API calls it {reply.remote_id}")
     if job is None:
         return None
-    if job.status not in ORDER_STATES:
-        _close(connection, order.id, f"it was {job.status} while it was sent; the API calls it {reply.remote_id}")
-        return None
-    sent_at = min(job.attempted_at or now, now)
-    values = _address_values(reply.remote_id, reply.address, default=reply.default_address) | {
-        "submitted_at": sent_at,
-        "deadline_at": sent_at + timedelta(seconds=job.deadline_seconds),
-        "eta": _eta(order, reply),
-        "held_at": None,
-        "error_code": None,
-        "error_message": left_out_note(len(reply.outputs), reply.left_out) if reply.left_out else None,
-    }
-    if reply.outputs:
-        values |= job_downloading(now)
-    else:
-        due_at = now + timedelta(seconds=plan.wait)
-        values |= {"status": "pending", "due_at": due_at, "pace_scale": plan.scale, "pace_growth": plan.growth}
     try:
-        with connection.begin_nested() if alone else nullcontext():
-            connection.execute(update(jobs).where(jobs.c.id == order.id).values(values))
+        with connection.begin_nested():
+            connection.execute(update(jobs).where(jobs.c.id == order.id).values(_taken_values(taken, job, now)))
     except IntegrityError:
-        if not alone:
-            raise
         message = f"the API answered with the id {reply.remote_id}, which another job of this account has"
         _fail(connection, job, "duplicate_id", message, tally, now)
         return Taken(ended=True)
@@ -85,64 +89,90 @@ def record_taken(
         return Taken(insert_outputs(connection, [(order.id, reply.outputs)], now=now, queued=True))
     if reply.promised:
         add_promises(connection, {order.id: reply.promised})
-    at_api = {"attempt_token": None, "due_at": None, "last_error": None, **NO_CLAIM}
-    connection.execute(update(orders).where(orders.c.id == order.id).values(at_api))
+    connection.execute(update(orders).where(orders.c.id == order.id).values(AT_API))
     return Taken()
 
 
+def record_all_taken(connection: Connection, taken: Sequence[TakenOrder], locked: Locked, *, now: datetime) -> None:
+    """Record that the API took these orders, none of which is ready or has promised links. Cheaper than one by one.
+
+    Raises IntegrityError if another job has one of the remote ids.
+    """
+    rows = []
+    for item in taken:
+        job = _ordered_job(connection, item.order, locked, f"the API calls it {item.reply.remote_id}")
+        if job is not None:
+            rows.append({"of_job": item.order.id, **_taken_values(item, job, now)})
+    if rows:
+        names = [name for name in rows[0] if name != "of_job"]
+        of_job = jobs.c.id == bindparam("of_job")
+        connection.execute(update(jobs).where(of_job).values({name: bindparam(name) for name in names}), rows)
+        ids = [row["of_job"] for row in rows]
+        connection.execute(update(orders).where(orders.c.id.in_(ids)).values(AT_API))
+
+
+def _taken_values(taken: TakenOrder, job: Any, now: datetime) -> dict[str, Any]:
+    order, reply, plan = taken
+    sent_at = min(job.attempted_at or now, now)
+    values = _address_values(reply.remote_id, reply.address, default=reply.default_address) | {
+        "submitted_at": sent_at,
+        "deadline_at": sent_at + timedelta(seconds=job.deadline_seconds),
+        "eta": _eta(order, reply),
+        "error_message": left_out_note(len(reply.outputs), reply.left_out) if reply.left_out else None,
+    }
+    if reply.outputs:
+        return values | job_downloading(now)
+    due_at = now + timedelta(seconds=plan.wait)
+    return values | {"status": "pending", "due_at": due_at, "pace_scale": plan.scale, "pace_growth": plan.growth}
+
+
 def record_refused(
-    connection: Connection, order: ClaimedOrder, code: str, message: str, tally: Tally, *, now: datetime
+    connection: Connection, order: ClaimedOrder, locked: Locked, code: str, message: str, tally: Tally, *, now: datetime
 ) -> bool:
     """Record that the API refused an order for good. Return whether its job ended."""
-    job = _lock_attempt(connection, order)
+    job = _ordered_job(connection, order, locked, message)
     if job is None:
-        return False
-    if job.status not in ORDER_STATES:
-        _close(connection, order.id, message)
         return False
     _fail(connection, job, code, message, tally, now)
     return True
 
 
 def record_waiting(
-    connection: Connection, order: ClaimedOrder, message: str, *, due_at: datetime, counts: bool = False
+    connection: Connection,
+    order: ClaimedOrder,
+    locked: Locked,
+    message: str,
+    *,
+    due_at: datetime,
+    counts: bool = False,
 ) -> bool:
     """Record that the API did not take an order. It is sent again at `due_at`. Return whether it waits now.
 
     `counts`: the attempt counts towards those after which an order is given up.
     """
-    job = _lock_attempt(connection, order)
+    job = _ordered_job(connection, order, locked, message)
     if job is None:
-        return False
-    if job.status not in ORDER_STATES:
-        _close(connection, order.id, message)
         return False
     connection.execute(update(jobs).where(jobs.c.id == order.id).values(status="ordered"))
     attempts = order.attempts if counts else order.attempts - 1
-    waiting = {**ORDER_DUE, "due_at": due_at, "last_error": message, "attempts": attempts}
+    waiting = {**ORDER_DUE, "due_at": due_at, "queue": order.account, "last_error": message, "attempts": attempts}
     connection.execute(update(orders).where(orders.c.id == order.id).values(waiting))
     return True
 
 
-def record_lost(connection: Connection, order: ClaimedOrder, message: str, *, now: datetime) -> bool:
+def record_lost(connection: Connection, order: ClaimedOrder, locked: Locked, message: str, *, now: datetime) -> bool:
     """Record that an order was sent and its answer is lost. Return whether its job became uncertain."""
-    job = _lock_attempt(connection, order)
+    job = locked.get(order.id)
     return job is not None and order.id in _make_uncertain(connection, [job], message, now)
 
 
-def _lock_attempt(connection: Connection, order: ClaimedOrder) -> Any | None:
-    """Lock a job and its order. Return the job if `order` is its last attempt, and no answer is recorded yet."""
-    query = (
-        select(
-            *(jobs.c.id, jobs.c.status, jobs.c.account, jobs.c.kind, jobs.c.deadline_seconds),
-            *(orders.c.attempted_at, orders.c.attempt_token, orders.c.claim_token),
-        )
-        .join(orders, orders.c.id == jobs.c.id)
-        .where(jobs.c.id == order.id)
-        .with_for_update()
-    )
-    job = connection.execute(query).one_or_none()
-    return job if job is not None and order.token in (job.attempt_token, job.claim_token) else None
+def _ordered_job(connection: Connection, order: ClaimedOrder, locked: Locked, note: str) -> Any | None:
+    """Return the row of a job that the answer can change. If it was cancelled, close its order with a note."""
+    job = locked.get(order.id)
+    if job is not None and job.status not in ORDER_STATES:
+        _close(connection, order.id, f"it was {job.status} while it was sent; {note}")
+        return None
+    return job
 
 
 def _eta(order: ClaimedOrder, reply: OrderTaken) -> float | None:

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
@@ -30,7 +31,7 @@ from sqlalchemy import (
 from worker.core.identity import FetchAddress
 from worker.core.lifecycle import ORDER_STATES
 from worker.core.slots import SlotLimit, after_full_use
-from worker.store.schema import jobs, orders, slots
+from worker.store.schema import MYSQL_FAMILY, jobs, orders, slots
 from worker.store.slots import locked_slots, save_slots
 from worker.store.transitions import ORDER_DONE, ORDER_DUE, SLOT_FREE, clear_end
 
@@ -80,14 +81,8 @@ class ClaimedOrder(NamedTuple):
         return FetchAddress("", "", self.host)
 
 
-def insert_order(connection: Connection, order: NewOrder, *, now: datetime) -> tuple[int, bool]:
-    """Insert an order and its job. Return the job's id, and whether it was created.
-
-    Raises IntegrityError if another transaction inserted an order with this key at the same time.
-    """
-    existing = connection.execute(select(orders.c.id).where(orders.c.order_key == order.key)).scalar()
-    if existing is not None:
-        return int(existing), False
+def insert_order(connection: Connection, order: NewOrder, *, now: datetime) -> int:
+    """Insert an order and its job, and return the job's id. Raises IntegrityError if there is an order with its key."""
     job_values = {
         "account": order.account,
         "remote_id": "",
@@ -106,10 +101,7 @@ def insert_order(connection: Connection, order: NewOrder, *, now: datetime) -> t
         "deadline_at": now + timedelta(seconds=order.deadline),
         "deadline_seconds": order.deadline,
     }
-    inserted = connection.execute(insert(jobs), job_values).inserted_primary_key
-    job_id = int(inserted[0]) if inserted is not None else 0
     order_values = {
-        "id": job_id,
         "order_key": order.key,
         "queue": order.account,
         "order_rank": -order.priority,
@@ -120,8 +112,39 @@ def insert_order(connection: Connection, order: NewOrder, *, now: datetime) -> t
         "ordered_at": now,
         "due_at": now,
     }
-    connection.execute(insert(orders), order_values)
-    return job_id, True
+    if connection.dialect.name == "postgresql":
+        values = {f"new_{name}": value for name, value in job_values.items()}
+        values |= {f"sent_{name}": value for name, value in order_values.items()}
+        return int(connection.execute(_insert_both(), values).scalar_one())
+    inserted = connection.execute(insert(jobs), job_values).inserted_primary_key
+    job_id = int(inserted[0]) if inserted is not None else 0
+    connection.execute(insert(orders), {"id": job_id, **order_values})
+    return job_id
+
+
+_JOB_NAMES = (
+    *("account", "remote_id", "kind", "fetch_url", "fetch_base", "fetch_host", "status", "priority", "reference"),
+    *("on_done", "webhook_url", "eta", "submitted_at", "tracked_at", "deadline_at", "deadline_seconds"),
+)
+_ORDER_NAMES = (
+    *("order_key", "queue", "order_rank", "host", "endpoint", "payload", "payload_sha256", "ordered_at", "due_at"),
+)
+
+
+@cache
+def _insert_both() -> Any:
+    """Return the statement for PostgreSQL that inserts a job and its order."""
+    job_values = {name: bindparam(f"new_{name}", type_=jobs.c[name].type) for name in _JOB_NAMES}
+    job = insert(jobs).values(job_values).returning(jobs.c.id).cte("job")
+    order_values = [bindparam(f"sent_{name}", type_=orders.c[name].type).label(name) for name in _ORDER_NAMES]
+    columns = [orders.c.id, *(orders.c[name] for name in _ORDER_NAMES)]
+    return insert(orders).from_select(columns, select(job.c.id, *order_values)).returning(orders.c.id)
+
+
+def job_of_order(connection: Connection, key: str) -> int | None:
+    """Return the job of the order with this key, or None."""
+    job_id: int | None = connection.execute(select(orders.c.id).where(orders.c.order_key == key)).scalar()
+    return job_id
 
 
 # ── looking ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -328,14 +351,19 @@ def taken_slots(connection: Connection, account: str, *, now: datetime, without:
     return int(connection.execute(query, {"of_account": account, "now": now}).scalar_one())
 
 
-def mark_attempted(connection: Connection, order: ClaimedOrder, *, now: datetime) -> bool:
-    """Note that the request of a claimed order begins now. Return False if the claim was lost.
+def mark_attempted(connection: Connection, claimed: Collection[ClaimedOrder], *, now: datetime) -> set[int]:
+    """Note that the requests of claimed orders begin now. Return the ids of those whose claim still stands.
 
-    From this commit on, the order counts as sent until an answer or an error says otherwise.
+    From this commit on, they count as sent until an answer or an error says otherwise.
     """
-    claimed = (orders.c.id == order.id, orders.c.claim_token == order.token, orders.c.due_at > now)
-    values = {"attempted_at": now, "attempt_token": order.token}
-    return bool(connection.execute(update(orders).where(*claimed).values(values)).rowcount)
+    ids, tokens = [order.id for order in claimed], sorted({order.token for order in claimed})
+    standing = (orders.c.id.in_(ids), orders.c.claim_token.in_(tokens))
+    mark = update(orders).where(*standing, orders.c.due_at > now)
+    mark = mark.values(attempted_at=now, attempt_token=orders.c.claim_token)
+    if connection.dialect.name not in MYSQL_FAMILY:
+        return set(connection.execute(mark.returning(orders.c.id)).scalars())
+    connection.execute(mark)
+    return set(connection.execute(select(orders.c.id).where(*standing, orders.c.attempt_token.in_(tokens))).scalars())
 
 
 def release_unsent(connection: Connection, claimed: Iterable[ClaimedOrder], *, now: datetime) -> None:

@@ -15,6 +15,7 @@ AT_REST = MappingProxyType({"due_at": None, **NO_CLAIM})
 # Columns of an order, beside its job: it waits to be sent (with a due time), is uncertain, or needs no more work.
 SLOT_FREE = MappingProxyType({"queue": None, "takes_slot": False, "slot_until": None})
 ORDER_DUE = MappingProxyType({"takes_slot": False, "slot_until": None, "attempt_token": None, **NO_CLAIM})
+AT_API = MappingProxyType({"attempt_token": None, "last_error": None, **AT_REST})
 ORDER_DONE = MappingProxyType({"attempt_token": None, **SLOT_FREE, **AT_REST})
 
 
