@@ -50,9 +50,6 @@ def test_a_bare_id_is_a_submission(remote: object, remote_id: str) -> None:
     [
         "",
         " ",
-        0,
-        "0",
-        "00",
         "None",
         "null",
         "-1",

@@ -208,7 +208,7 @@ class Submitter:
             raise LeaseLost
 
     def _note_attempts(self, attempts: "Sequence[_Attempt]") -> None:
-        """Note that these orders are sent now, in one transaction. If that fails, or at a stop, none of them is sent."""
+        """Note in one transaction that these orders are sent now. If that fails, or at a stop, none of them is sent."""
         if self._stopping.is_set():
             for attempt in attempts:
                 attempt.noted.set_result(False)  # nothing of it was sent: another process sends it

@@ -33,6 +33,8 @@ from worker.store.schema import MYSQL_FAMILY, bodies, events, jobs, orders, outp
 from worker.store.sql_functions import Moment, seconds_between
 from worker.store.transitions import NO_CLAIM
 
+CLAIMED_TABLES = (jobs, outputs, events, orders)
+
 Claim = tuple[int, str]  # the id of a row and the token of its claim
 
 _JOB_COLUMNS = (
@@ -397,7 +399,7 @@ _UNEXPIRED_CLAIMS = [
         .with_for_update(skip_locked=True),
         update(table).values(due_at=bindparam("leased_until")),
     )
-    for table in (jobs, outputs, events, orders)
+    for table in CLAIMED_TABLES
 ]
 
 
@@ -425,9 +427,7 @@ def record_progress(connection: Connection, holder: str, received: Mapping[Claim
     return len(connection.execute(progress_update.where(outputs.c.id == picked.c.id).returning(outputs.c.id)).all())
 
 
-_HOLDERS = union(
-    *(select(table.c.claim_holder).where(table.c.claim_holder.is_not(None)) for table in (jobs, outputs, events, orders))
-)
+_HOLDERS = union(*(select(table.c.claim_holder).where(table.c.claim_holder.is_not(None)) for table in CLAIMED_TABLES))
 
 
 def claim_holders(connection: Connection) -> set[str]:

@@ -5,17 +5,17 @@ from datetime import datetime
 
 from sqlalchemy import Connection, bindparam, or_, select
 
-from worker.store.claims import outputs_to_queue
+from worker.store.claims import CLAIMED_TABLES, outputs_to_queue
 from worker.store.on_done import GIVE_UP, due_calls
-from worker.store.schema import events, jobs, orders, outputs
+from worker.store.schema import jobs, orders, outputs
 
 _NOW, _GIVEN_UP_BEFORE, _QUEUED_BEFORE = (
     bindparam(name, type_=jobs.c.due_at.type) for name in ("now", "given_up_before", "queued_before")
 )
 _SIGNS = select(
-    or_(
-        *(select(table.c.id).where(table.c.claim_holder.is_not(None)).exists() for table in (jobs, outputs, events, orders))
-    ).label("claims"),
+    or_(*(select(table.c.id).where(table.c.claim_holder.is_not(None)).exists() for table in CLAIMED_TABLES)).label(
+        "claims"
+    ),
     select(jobs.c.id).where(*due_calls(_NOW, _GIVEN_UP_BEFORE)).exists().label("calls"),
     select(outputs.c.id).where(*outputs_to_queue(_NOW, _QUEUED_BEFORE)).exists().label("outputs"),
     select(orders.c.id).where(orders.c.claim_holder.is_not(None), orders.c.due_at <= _NOW).exists().label("orders"),

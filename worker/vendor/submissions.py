@@ -205,9 +205,9 @@ def _bare_id(remote: object) -> str:
 
 
 def _api_id(value: object) -> str:
-    """Return an id as text. Raises NotTrackable if the API has no such id: it is zero, or a word for a missing id."""
+    """Return an id as text. Raises NotTrackable if it is a word for a missing id."""
     remote_id = checked_remote_id(value)
-    if not remote_id.strip("0") or remote_id.lower() in _NOT_IDS:
+    if remote_id.lower() in _NOT_IDS:
         raise NotTrackable(f"{remote_id!r} is not an id of the API: the submit call returned no id, or it was lost")
     return remote_id
 
