@@ -73,6 +73,7 @@ REFUSED = ({"scope": "account", "name": "shop", "reason": "key rejected"},)
 SIMPLE = (
     ("FetchWorkerNoWorker", "no_worker", 2),
     ("FetchWorkerPollingStalled", "polling_stalled", 3),
+    ("FetchWorkerUncertainOrders", "uncertain_orders", 5),
     ("FetchWorkerStorageRefuses", "storage", 2),
     ("FetchWorkerNoDownloader", "no_downloader", 3),
     ("FetchWorkerWrongPath", "wrong_path", 5),

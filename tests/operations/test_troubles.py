@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import Connection, Engine, update
 
 from tests import planted
+from tests.planted_orders import add_at_api, add_order, add_uncertain, set_slots
 from tests.rows import add_downloading, add_job, add_output, add_process, seconds
 from worker.cli import main
 from worker.core.queues import POLLS, QUEUE
@@ -149,6 +150,38 @@ def refused_webhook(connection: Connection) -> None:
     planted.add_event(connection, job_id, due=300, error_message="HTTP 500", http_status=500, attempts=3)
 
 
+def lost_answers(connection: Connection) -> None:
+    add_process(connection)
+    add_uncertain(connection, "1", sent=300)
+    add_uncertain(connection, "2", sent=60)
+
+
+def unsent_orders(connection: Connection) -> None:
+    add_order(connection, "1")
+    add_order(connection, "2", ago=10)
+
+
+def stalled_orders(connection: Connection) -> None:
+    add_process(connection)
+    add_order(connection)
+
+
+def orders_of_a_refused_account(connection: Connection) -> None:
+    refused(connection)
+    add_order(connection)
+
+
+def orders_without_key(connection: Connection) -> None:
+    add_process(connection)
+    add_order(connection, account="shop")
+
+
+def orders_of_a_dead_host(connection: Connection) -> None:
+    add_process(connection)
+    planted.add_open_breaker(connection, "host", "api.test", "unreachable: no answer")
+    add_order(connection)
+
+
 def redis_away(connection: Connection) -> None:
     add_process(connection, redis_answers=False)
 
@@ -186,6 +219,17 @@ CASES: list[tuple[Callable[[Connection], object], str, str, str, int]] = [
         "fetch-worker resume ", 1),
     (forgotten, "past_deadline", "1 job past the deadline and not polled soon", "fetch-worker resume ", 1),
     (refused_webhook, "webhooks_refused", "1 webhook for shop.test refused: HTTP 500", "fetch-worker notify ", 1),
+    (lost_answers, "uncertain_orders", "2 jobs uncertain: the order was sent and its answer is lost, the first 5 min",
+        "fetch-worker list --status uncertain", 2),
+    (unsent_orders, "no_worker", "2 jobs due, the oldest for 5 min: no worker process runs", "fetch-worker up", 2),
+    (stalled_orders, "polling_stalled", "1 job due, the oldest for 5 min: a worker process runs",
+        "fetch-worker doctor", 1),
+    (orders_of_a_refused_account, "account_refused", "3 jobs of default: key rejected: Invalid API key, for ",
+        "fetch-worker resume --account default", 3),
+    (orders_without_key, "no_key", "1 job of shop: no key for account shop, for 5 min",
+        "add shop to SD_API_KEYS and restart the workers", 1),
+    (orders_of_a_dead_host, "api_unreachable", "1 job of api.test: unreachable: no answer, for ",
+        "fetch-worker resume --host api.test", 1),
     (redis_away, "redis_away", "Redis does not answer worker@test", "fetch-worker doctor", 0),
 ]  # fmt: skip
 
@@ -223,12 +267,45 @@ def waiting_behind_a_hold(connection: Connection) -> None:
     add_job(connection, due_at=HELD_UNTIL, held_at=now)
 
 
-@pytest.mark.parametrize("plant", [healthy, idle, waiting_behind_a_hold])
+def waiting_for_slots(connection: Connection) -> None:
+    """Orders wait as long as all slots are taken."""
+    set_slots(connection, 2)
+    for number in range(2):
+        add_at_api(connection, f"at the API {number}")
+    add_order(connection, "waits")
+
+
+def waiting_for_a_slot_that_is_free_now(connection: Connection) -> None:
+    """The order is old, and the poll that found a free slot is new."""
+    add_process(connection)
+    polled_lately(connection)
+    add_order(connection, ago=3_000)
+
+
+def postponed_order(connection: Connection) -> None:
+    add_order(connection, due_at=database_now(connection) + seconds(60), last_error="Failed, Try Again")
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [healthy, idle, waiting_behind_a_hold, waiting_for_slots, waiting_for_a_slot_that_is_free_now, postponed_order],
+)
 def test_given_normal_work_then_there_is_no_trouble(database: Engine, plant: Callable[[Connection], object]) -> None:
     with database.begin() as connection:
         plant(connection)
 
     assert troubles_of(database) == []
+
+
+@pytest.mark.parametrize(("plant", "is_healthy"), [(waiting_for_slots, True), (unsent_orders, False)])
+def test_due_orders_that_nobody_sends_are_unhealthy_if_slots_are_free(
+    database: Engine, plant: Callable[[Connection], object], is_healthy: bool
+) -> None:
+    with database.begin() as connection:
+        plant(connection)
+
+    with database.connect() as connection:
+        assert read_evidence(connection, load()).work.healthy is is_healthy
 
 
 def test_given_several_troubles_then_the_worst_comes_first_and_each_is_counted(database: Engine) -> None:

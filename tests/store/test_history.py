@@ -13,6 +13,7 @@ from worker.core.circuit_breaker import held_by_operator
 from worker.store.breakers import locked_breaker, save_breaker
 from worker.store.counters import Tally
 from worker.store.reports.history import KEPT, answered_lately, record_history
+from worker.store.reports.stats import STATES
 from worker.store.schema import HELD_UNTIL, breakers, history
 
 LATER = NOW + seconds(20.5)
@@ -41,12 +42,12 @@ def test_a_sample_has_the_statistics(engine: Engine) -> None:
         connection.execute(update(breakers).values(proven=True, asked_at=NOW, ceiling=4.0, cut_at=LATER))
         _add_counts(connection)
         add_process(connection, accounts={"shop": 10.0}, started_at=LATER, seen_at=LATER)
-        record_history(connection, now=LATER, full_rps=lambda _: 10.0)
+        record_history(connection, now=LATER, full_rps=lambda _: 10.0, full_slots=lambda _: None)
         (sample,) = read_history(connection, NOW)
 
     assert sample.minute == NOW
     assert sample.body == {
-        "jobs": {"pending": 4, "held": 1, "downloading": 1, "completed": 0, "failed": 0, "expired": 0, "cancelled": 0},
+        "jobs": dict.fromkeys(STATES, 0) | {"pending": 4, "held": 1, "downloading": 1},
         "oldest_due": 20.5,
         "unstored": 1,
         "accounts": {
@@ -69,7 +70,7 @@ def test_held_jobs_are_not_late(engine: Engine) -> None:
         save_breaker(connection, held_by_operator(locked_breaker(connection, "account", "held"), now=NOW))
         save_breaker(connection, held_by_operator(locked_breaker(connection, "host", "away.test"), now=NOW))
         connection.execute(update(breakers).values(asked_at=NOW))
-        record_history(connection, now=LATER, full_rps=lambda _: 10.0)
+        record_history(connection, now=LATER, full_rps=lambda _: 10.0, full_slots=lambda _: None)
         (sample,) = read_history(connection, NOW)
 
     assert sample.body["oldest_due"] == 0
@@ -79,7 +80,9 @@ def test_held_jobs_are_not_late(engine: Engine) -> None:
 def test_concurrent_attempts_write_one_sample(engine: Engine) -> None:
     def attempt(_: int) -> float:
         with engine.begin() as connection:
-            return record_history(connection, now=LATER, full_rps=lambda _: 10.0).total_seconds()
+            return record_history(
+                connection, now=LATER, full_rps=lambda _: 10.0, full_slots=lambda _: None
+            ).total_seconds()
 
     with ThreadPoolExecutor(6) as threads:
         waits = list(threads.map(attempt, range(12)))
@@ -94,7 +97,7 @@ def test_samples_are_written_once_a_minute_and_deleted_after_eight_days(engine: 
         old = [{"minute": NOW - KEPT - seconds(60 * number), "body": "{}"} for number in range(3)]
         connection.execute(insert(history), old)
         for late in (0, 30, 59.9, 60, 125):
-            record_history(connection, now=NOW + seconds(late), full_rps=lambda _: 10.0)
+            record_history(connection, now=NOW + seconds(late), full_rps=lambda _: 10.0, full_slots=lambda _: None)
         samples = read_history(connection, NOW - KEPT - seconds(3_600))
         lately = read_history(connection, NOW + seconds(1))
 
@@ -107,11 +110,11 @@ def test_an_existing_sample_costs_one_query(engine: Engine) -> None:
     """So every sweep can call it."""
     statements: list[str] = []
     with engine.begin() as connection:
-        record_history(connection, now=NOW, full_rps=lambda _: 10.0)
+        record_history(connection, now=NOW, full_rps=lambda _: 10.0, full_slots=lambda _: None)
         before = read_history(connection, NOW)
         add_job(connection)
         event.listen(connection, "before_cursor_execute", lambda *values: statements.append(values[2]))
-        record_history(connection, now=LATER, full_rps=lambda _: 10.0)
+        record_history(connection, now=LATER, full_rps=lambda _: 10.0, full_slots=lambda _: None)
         looks = len(statements)
 
         assert read_history(connection, NOW) == before
@@ -161,13 +164,13 @@ def test_given_two_samples_then_the_requests_per_second_between_them_are_known_b
     with engine.begin() as connection:
         locked_breaker(connection, "account", "shop")
         _add_counts(connection)
-        record_history(connection, now=NOW - seconds(120), full_rps=lambda _: 10.0)
+        record_history(connection, now=NOW - seconds(120), full_rps=lambda _: 10.0, full_slots=lambda _: None)
         one_sample = answered_lately(connection, now=NOW)
         tally = Tally()
         for _ in range(90):
             tally.add("answers", "processing", account="shop")
         tally.write(connection)
-        record_history(connection, now=NOW - seconds(60), full_rps=lambda _: 10.0)
+        record_history(connection, now=NOW - seconds(60), full_rps=lambda _: 10.0, full_slots=lambda _: None)
 
         assert one_sample == {}
         assert answered_lately(connection, now=NOW) == {"shop": 1.5}

@@ -15,6 +15,7 @@ from worker.core.circuit_breaker import CircuitBreaker
 from worker.operations.explain import read_explanation, why
 from worker.operations.job_context import Finding, read_context
 from worker.operations.lost_work import lost_claims
+from worker.operations.order_findings import order_document, shown_order
 from worker.operations.overview import Overview, overview
 from worker.operations.snapshot import LostClaimNow, OverdueJob
 from worker.operations.snapshot_reader import lost_now, overdue_now
@@ -25,6 +26,7 @@ from worker.store.events import events_of
 from worker.store.jobs import job_row, outputs_of
 from worker.store.outputs import output_row
 from worker.store.reports.history import answered_lately
+from worker.store.reports.order_state import AccountOrders
 from worker.store.reports.recent_counts import RecentCounts
 from worker.store.reports.work_state import WorkState, read_work_state
 
@@ -46,11 +48,15 @@ class JobPage:
     likely: str
     findings: list[Finding]
     advice: str
+    order: dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
 class BreakerState:
-    """An account or host: its circuit breaker, its hold, and the requests per second that it may get and got lately."""
+    """An account or host: its circuit breaker, its hold, and the requests per second that it may get and got lately.
+
+    `orders` is None for a host, and for an account that never had an order.
+    """
 
     breaker: CircuitBreaker
     held: bool
@@ -58,6 +64,7 @@ class BreakerState:
     since: datetime | None
     rps: float
     asked: float | None
+    orders: AccountOrders | None
     now: datetime
 
 
@@ -98,6 +105,7 @@ class AdminReader:
             outputs, events = outputs_of(connection, [job_id]), events_of(connection, job_id)
             actions = actions_of(connection, job_id)
             context = read_context(connection, job, outputs, events, self.settings)
+        order = order_document(context)
         explanation = read_explanation(context, _rate_limiter(self.settings.redis))
         return JobPage(
             job=job,
@@ -110,6 +118,7 @@ class AdminReader:
             likely="" if context.estimate is None else f"{context.estimate.chance_now:.0%}",
             findings=explanation.findings,
             advice=explanation.advice,
+            order=None if order is None else shown_order(order),
         )
 
     def output(self, output_id: int) -> Row[Any] | None:
@@ -120,7 +129,7 @@ class AdminReader:
     def breakers(self) -> list[BreakerState]:
         """Return all accounts and hosts, held ones first."""
         with self.connection() as (connection, now):
-            work = read_work_state(connection, self.settings.rps)
+            work = read_work_state(connection, self.settings.rps, self.settings.slots)
             return _breaker_states(work, answered_lately(connection, now=now))
 
     def start(self) -> StartPage:
@@ -152,6 +161,7 @@ def _breaker_states(work: WorkState, asked: Mapping[str, float]) -> list[Breaker
                 held=breaker.held(work.now) or (account is not None and account.reason is not None),
                 rps=0.0 if account is None else account.rps,
                 asked=asked.get(breaker.name, 0.0) if account is not None and asked else None,
+                orders=work.orders.accounts.get(breaker.name) if breaker.scope == "account" else None,
                 now=work.now,
             )
         )

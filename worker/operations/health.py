@@ -60,6 +60,7 @@ AREAS = {  # the check that shows each trouble
     "api_unreachable": "holds",
     "account_slowed": "holds",
     "held_by_operator": "holds",
+    "uncertain_orders": "orders",
     "lost_claims": "claims",
     "past_deadline": "deadlines",
     "storage": "outputs",
@@ -75,6 +76,7 @@ AREAS = {  # the check that shows each trouble
 NO_TROUBLE = {
     "work": "due work is done",
     "holds": "no account and no host is held",
+    "orders": "the answer to every order that was sent is known",
     "claims": "no dead process holds a claim",
     "on_done": "every on_done task of a final job was sent",
     "deadlines": "every job past its deadline is polled soon",

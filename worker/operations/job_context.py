@@ -12,7 +12,9 @@ from worker.operations.overview import finite_seconds
 from worker.polling.duration_learner import read_models
 from worker.settings import Settings
 from worker.store.late_looks import look_of
+from worker.store.orders import QueuePlace, order_row, queue_place
 from worker.store.promises import promise_row
+from worker.store.reports.order_state import AccountOrders
 from worker.store.reports.snapshot_rows import count_due_before
 from worker.store.reports.work_state import AccountState, WorkState, read_work_state
 
@@ -61,6 +63,8 @@ class JobContext:
     settings: Settings
     promise: Row[Any] | None = None
     late_look: Row[Any] | None = None
+    order: Row[Any] | None = None
+    place: QueuePlace | None = None
 
     @property
     def tries_promised_links(self) -> bool:
@@ -77,6 +81,11 @@ class JobContext:
         """The state of the job's account."""
         default = AccountState(self.job.account, None, None, None, self.settings.rps(self.job.account))
         return next((state for state in self.work.accounts if state.account == self.job.account), default)
+
+    @property
+    def account_orders(self) -> AccountOrders:
+        """The orders and slots of the job's account."""
+        return self.work.orders.of(self.job.account, self.settings.slots(self.job.account))
 
     @property
     def rate(self) -> float:
@@ -110,8 +119,10 @@ def read_context(
     connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], events: Sequence[Row[Any]], settings: Settings
 ) -> JobContext:
     """Read everything from the database that explains a job."""
-    work = read_work_state(connection, settings.rps, accounts=[job.account])
+    work = read_work_state(connection, settings.rps, settings.slots, accounts=[job.account])
     waits = job.due_at is not None
+    order = order_row(connection, job.id)
+    waits_in_queue = order is not None and order.queue is not None and not order.takes_slot
     return JobContext(
         job=job,
         outputs=outputs,
@@ -124,4 +135,6 @@ def read_context(
         settings=settings,
         promise=promise_row(connection, job.id),
         late_look=look_of(connection, job.id),
+        order=order,
+        place=queue_place(connection, order) if order is not None and waits_in_queue else None,
     )

@@ -22,7 +22,7 @@ def check_liveness(settings: Settings) -> Check:
     """Check that due work is done: nothing is due for long, or requests were made recently. For container probes."""
     try:
         with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
-            return _work(read_work_state(connection, settings.rps))
+            return _work(read_work_state(connection, settings.rps, settings.slots))
     except WorkerError as error:
         return Check("work", False, str(error))
 

@@ -33,6 +33,7 @@ from worker.operations.unstored import UnstoredByHost, UnstoredOutputs, read_uns
 from worker.settings import Settings
 from worker.store.events import undelivered_events
 from worker.store.on_done import GIVE_UP, refused_calls, unsent_calls
+from worker.store.reports.order_state import WaitingOrders, uncertain_orders
 from worker.store.reports.snapshot_rows import COUNTED_MOST, count_in_state, count_late
 from worker.store.reports.work_state import HEALTHY_SECONDS, NO_KEY, AccountState, WorkState, read_work_state
 
@@ -42,6 +43,7 @@ CODES = {
     "polling_stalled": "Jobs are due, a worker process runs, and no request was made lately.",
     "account_refused": "The API refuses the key, the credits or the plan of an account.",
     "no_key": "No running worker process has the key of an account with jobs.",
+    "uncertain_orders": "Orders were sent and their answer is lost: a person must decide.",
     "storage": "Outputs can't be written to the storage.",
     "no_downloader": "Outputs wait and no process downloads.",
     "links_ending": "Outputs are not stored and their links end soon.",
@@ -112,7 +114,7 @@ class Evidence:
 
 def read_evidence(connection: Connection, settings: Settings) -> Evidence:
     """Read what the troubles are decided from."""
-    work = read_work_state(connection, settings.rps)
+    work = read_work_state(connection, settings.rps, settings.slots)
     pending = count_in_state(connection, "pending")
     return Evidence(
         work=work,
@@ -131,6 +133,7 @@ def read_troubles(connection: Connection, settings: Settings, evidence: Evidence
         *_polling(connection, work),
         *_accounts(connection, work),
         *_hosts(connection, work),
+        *_uncertain_orders(connection, work),
         *_outputs(settings, work, evidence.unstored),
         *_webhooks(connection, work, evidence.webhooks),
         *_on_done(connection, work),
@@ -154,23 +157,26 @@ def count_jobs_by_code(troubles: Iterable[Trouble]) -> dict[str, int]:
 
 
 def _polling(connection: Connection, work: WorkState) -> Iterator[Trouble]:
-    """Yield the trouble of due jobs that nobody polls."""
-    due = work.due
-    if not due:
+    """Yield the trouble of due jobs that nobody polls, or whose orders nobody sends."""
+    if not work.due_work:
         return
-    since = min(group.due_at for group in due)
+    since = min(group.due_at for group in work.due_work)
     late = (work.now - since).total_seconds()
     if work.workers_poll or (late <= HEALTHY_SECONDS and work.pollers):
         return
     if not work.pollers and late <= BACKLOG_LATE_SECONDS:
         return
-    jobs = count_late(connection, due, before=work.now)
+    jobs = count_late(connection, work.due, before=work.now) + _count(work.due_orders)
     waiting = f"{_jobs(jobs)} due, the oldest for {format_duration(late)}"
     if work.pollers:
         text = f"{waiting}: a worker process runs, but made no request for {_last_request(work)}"
         yield Trouble("polling_stalled", text, DOCTOR, jobs, since)
     else:
         yield Trouble("no_worker", f"{waiting}: no worker process runs", UP, jobs, since)
+
+
+def _count(orders: Iterable[WaitingOrders]) -> int:
+    return sum(group.count for group in orders)
 
 
 def _last_request(work: WorkState) -> str:
@@ -183,7 +189,8 @@ def _accounts(connection: Connection, work: WorkState) -> Iterator[Trouble]:
     for account in work.accounts:
         if account.reason is not None:
             groups = [group for group in work.groups if group.account == account.account]
-            yield from _held_account(account, count_late(connection, groups, before=work.now), work)
+            ordered = _count(group for group in work.orders.waiting if group.account == account.account)
+            yield from _held_account(account, count_late(connection, groups, before=work.now) + ordered, work)
         elif work.pollers or work.workers_poll:
             yield from _slow_account(connection, account, work)
 
@@ -224,7 +231,8 @@ def _slow_account(connection: Connection, account: AccountState, work: WorkState
 def _hosts(connection: Connection, work: WorkState) -> Iterator[Trouble]:
     for host in work.hosts:
         groups = [group for group in work.groups if group.host == host.host]
-        jobs = count_late(connection, groups, before=work.now)
+        ordered = _count(group for group in work.orders.waiting if group.host == host.host)
+        jobs = count_late(connection, groups, before=work.now) + ordered
         reason = mask_personal_data(host.reason)
         text = f"{_jobs(jobs)} of {host.host}: {reason}, for {_age(host.since, work)}"
         if host.reason == BY_OPERATOR:
@@ -236,6 +244,15 @@ def _hosts(connection: Connection, work: WorkState) -> Iterator[Trouble]:
         else:
             code = "api_unreachable"
         yield Trouble(code, text, for_hold("host", host.host, host.reason), jobs, host.since)
+
+
+def _uncertain_orders(connection: Connection, work: WorkState) -> Iterator[Trouble]:
+    uncertain = uncertain_orders(connection)
+    if uncertain.count:
+        age = _age(uncertain.since, work)
+        text = f"{_jobs(uncertain.count)} uncertain: the order was sent and its answer is lost, the first {age} ago"
+        remedy = for_filter("list", "status", "uncertain")
+        yield Trouble("uncertain_orders", text, remedy, uncertain.count, uncertain.since)
 
 
 def _outputs(settings: Settings, work: WorkState, unstored: UnstoredOutputs) -> Iterator[Trouble]:

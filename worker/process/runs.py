@@ -196,10 +196,10 @@ def _repair(resources: ProcessResources) -> None:
         return
     finally:
         _repairing.release()
-    if repaired.jobs or repaired.outputs or repaired.claims:
+    if repaired.jobs or repaired.outputs or repaired.claims or repaired.orders:
         log.warning(
-            "repaired rows in an invalid state jobs_ended=%s outputs_cancelled=%s claims_released=%s",
-            *(len(repaired.jobs), repaired.outputs, repaired.claims),
+            "repaired rows in an invalid state jobs_ended=%s outputs_cancelled=%s claims_released=%s orders=%s",
+            *(len(repaired.jobs), repaired.outputs, repaired.claims, repaired.orders),
         )
     resources.notify(repaired.jobs)
 
@@ -218,7 +218,9 @@ def _sample(resources: ProcessResources) -> None:
         return
     try:
         with resources.engine.begin() as connection:
-            wait = record_history(connection, now=database_now(connection), full_rps=settings.rps)
+            wait = record_history(
+                connection, now=database_now(connection), full_rps=settings.rps, full_slots=settings.slots
+            )
     except DATABASE_ERRORS as error:
         log.warning("a history row is missing reason=%s", describe_error(error, settings.database))
         wait = SAMPLE_AGAIN

@@ -216,6 +216,18 @@ def queue_place(connection: Connection, order: Row[Any], *, now: datetime) -> Qu
     return QueuePlace(connection.execute(before).scalar_one(), connection.execute(_TAKEN, values).scalar_one())
 
 
+def busy_slots(connection: Connection, accounts: Collection[str] | None, *, now: datetime) -> list[Row[Any]]:
+    """Return the orders that take a slot at the API: queue, status, claim_holder, attempted_at, slot_until.
+
+    With `accounts`, only orders of these. A slot whose order is not at the API any more is left out.
+    """
+    columns = (orders.c.queue, jobs.c.status, orders.c.claim_holder, orders.c.attempted_at, orders.c.slot_until)
+    query = select(*columns).join(jobs, jobs.c.id == orders.c.id).where(orders.c.takes_slot.is_(True))
+    query = query.where(orders.c.queue.is_not(None) if accounts is None else orders.c.queue.in_(sorted(accounts)))
+    rows: Sequence[Any] = connection.execute(query).all()
+    return [row for row in rows if not _is_over(row, now)]
+
+
 # ── claiming ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _NOW = bindparam("now", type_=orders.c.due_at.type)

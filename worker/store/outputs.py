@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, select, update
 
-from worker.store.schema import events, jobs, outputs
+from worker.store.schema import events, jobs, orders, outputs
 from worker.store.transitions import clear_end, fresh_output
 
 _IDS_PER_QUERY = 500
@@ -53,10 +53,10 @@ def count_expired_claims(connection: Connection, *, before: datetime) -> int:
 
 
 def count_claims(connection: Connection) -> dict[str, int]:
-    """Return the number of claimed jobs, outputs and webhook events, including claims of dead processes."""
+    """Return the number of claimed jobs, outputs, webhook events and orders, including claims of dead processes."""
     return {
         name: int(connection.execute(select(func.count()).where(table.c.claim_holder.is_not(None))).scalar_one())
-        for name, table in (("job", jobs), ("output", outputs), ("webhook", events))
+        for name, table in (("job", jobs), ("output", outputs), ("webhook", events), ("order", orders))
     }
 
 

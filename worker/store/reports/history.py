@@ -19,16 +19,22 @@ MINUTE = timedelta(minutes=1)
 RECENT = timedelta(minutes=3)
 
 
-def record_history(connection: Connection, *, now: datetime, full_rps: Callable[[str], float]) -> timedelta:
+def record_history(
+    connection: Connection,
+    *,
+    now: datetime,
+    full_rps: Callable[[str], float],
+    full_slots: Callable[[str], int | None],
+) -> timedelta:
     """Record a sample unless this minute has one, and delete old samples. Return the time until the next minute.
 
-    `full_rps` returns the requests per second that the settings allow an account.
+    `full_rps` and `full_slots` return the requests per second and the slots that the settings allow an account.
     """
     minute = now.replace(second=0, microsecond=0)
     recorded = connection.execute(select(history.c.minute).where(history.c.minute == minute)).scalar()
     if recorded is None:
         counters = read_counters(connection, (ANSWERS, ATTEMPTS, DELAY, FINISHED, POLLED))
-        work = read_work_state(connection, full_rps, now=now)
+        work = read_work_state(connection, full_rps, full_slots, now=now)
         stats = read_stats(connection, waiting_by_account(connection, now=now), work)
         body = _body(stats, counters)
         row = {"minute": minute, "body": json.dumps(body, separators=(",", ":"))}

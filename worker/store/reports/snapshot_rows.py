@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, Table, func, or_,
 
 from worker.core.lifecycle import JOB_STATES
 from worker.store.due_groups import DueGroup, in_due_group
-from worker.store.schema import IS_HELD, MYSQL_FAMILY, events, jobs, outputs
+from worker.store.schema import IS_HELD, MYSQL_FAMILY, events, jobs, orders, outputs
 from worker.store.sql_functions import DUE_ACCOUNT, HAS_DUE_TIME
 
 COUNTED_MOST = 10_000  # jobs of one state; a larger number is shown as "more than"
@@ -123,7 +123,7 @@ def count_due_before(
 
 @dataclass(frozen=True, slots=True)
 class StaleClaim:
-    """A claim on a job, an output or an event (`what`), and the end of its lease."""
+    """A claim on a job, an output, an event or an order (`what`), and the end of its lease."""
 
     what: str
     id: int
@@ -147,7 +147,7 @@ def stale_claims(
     """
     claims: list[StaleClaim] = []
     older = {"job": jobs.c.asked_at < polled_before, "output": outputs.c.claimed_at < claimed_before}
-    for name, table in (("job", jobs), ("output", outputs), ("event", events)):
+    for name, table in (("job", jobs), ("output", outputs), ("event", events), ("order", orders)):
         held_by_dead = (table.c.claim_holder.in_(sorted(dead)),) if dead else ()
         too_old = (older[name],) if name in older else ()
         is_stale = or_(table.c.due_at < expired_before, *held_by_dead, *too_old)
@@ -159,7 +159,7 @@ def stale_claims(
 
 
 def _claims(table: Table) -> Any:
-    job_id = (table.c.id if table is jobs else table.c.job_id).label("job_id")
+    job_id = (table.c.id if table in (jobs, orders) else table.c.job_id).label("job_id")
     return select(table.c.id, job_id, table.c.claim_holder, table.c.due_at).where(table.c.claim_holder.is_not(None))
 
 

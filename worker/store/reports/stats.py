@@ -11,7 +11,7 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, Connection, case, func, literal, select
 
 from worker.core.circuit_breaker import Scope, hold_class
-from worker.core.lifecycle import JOB_STATES
+from worker.core.lifecycle import JOB_STATES, ORDER_STATES
 from worker.store.counters import OTHER
 from worker.store.jobs import count_not_pending
 from worker.store.outputs import UnstoredGroup, unstored_by_code
@@ -20,7 +20,8 @@ from worker.store.schema import IS_HELD, jobs
 from worker.store.sql_functions import DUE_ACCOUNT, HAS_DUE_TIME
 
 HELD = "held"
-STATES = (*JOB_STATES[:1], HELD, *JOB_STATES[1:])
+_AFTER_PENDING = JOB_STATES.index("pending") + 1
+STATES = (*JOB_STATES[:_AFTER_PENDING], HELD, *JOB_STATES[_AFTER_PENDING:])
 KINDS_COUNTED = 100_000  # with more waiting jobs, kinds are not counted separately: that would read every row
 
 
@@ -128,6 +129,9 @@ def count_unfinished(connection: Connection, waiting: Iterable[WaitingCount]) ->
         counted_kind = kind if by_kind else OTHER
         counts[account, counted_kind, "pending"] -= renewing - paused
         counts[account, counted_kind, HELD] -= paused
+    orders = select(jobs.c.account, jobs.c.kind, jobs.c.status, func.count()).where(jobs.c.status.in_(ORDER_STATES))
+    for account, kind, state, count in connection.execute(orders.group_by(jobs.c.account, jobs.c.kind, jobs.c.status)):
+        counts[account, kind, state] += count
     return counts
 
 
@@ -145,7 +149,7 @@ def read_stats(
     for entry in waiting:
         due[entry.account] += entry.due
     oldest: dict[str, datetime] = {}
-    for group in work.due:
+    for group in work.due_work:
         oldest[group.account] = min(group.due_at, oldest.get(group.account, group.due_at))
     accounts = [
         Account(

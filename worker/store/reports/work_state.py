@@ -17,6 +17,7 @@ from worker.store.due_groups import DueGroup, due_groups
 from worker.store.engine import database_now
 from worker.store.jobs import waiting_accounts
 from worker.store.processes import WorkerProcess, read_processes
+from worker.store.reports.order_state import OrderState, WaitingOrders, read_order_state
 from worker.store.schema import HELD_UNTIL
 from worker.system.process_identity import dead_holders
 
@@ -63,6 +64,7 @@ class WorkState:
     dead_holders: Collection[str]
     last_requests: Mapping[str, datetime]  # by account
     accounts: Sequence[AccountState]
+    orders: OrderState = OrderState()  # noqa: RUF009  # immutable
 
     @cached_property
     def hosts(self) -> list[HeldHost]:
@@ -80,27 +82,57 @@ class WorkState:
 
     def _with_host_hold(self, account: AccountState) -> AccountState:
         hosts = {host.host: host for host in self.hosts}
-        waiting_at = {group.host for group in self.groups if group.account == account.account}
+        waiting_at = {group.host for group in self.waiting if group.account == account.account}
         if account.reason is not None or not waiting_at or not waiting_at <= hosts.keys():
             return account
         host = hosts[min(waiting_at)]
         return replace(account, reason=f"{host.host} {host.reason}", since=host.since, until=host.until)
 
+    @property
+    def waiting(self) -> list[DueGroup | WaitingOrders]:
+        """The jobs that wait for a poll, and the orders that wait to be sent."""
+        return [*self.groups, *self.orders.waiting]
+
+    @property
+    def due_work(self) -> list[DueGroup | WaitingOrders]:
+        """The jobs that may be polled now, and the orders that may be sent now."""
+        return [*self.due, *self.due_orders]
+
     @cached_property
     def due(self) -> list[DueGroup]:
         """The groups with due jobs whose account and host are not held: these jobs may be polled now."""
-        held_accounts = {account.account for account in self.accounts if account.reason is not None}
-        held_hosts = {host.host for host in self.hosts}
+        return [group for group in self.groups if self._may_be_asked(group)]
+
+    @cached_property
+    def due_orders(self) -> list[WaitingOrders]:
+        """The due orders that may be sent now: account and host are not held, and a slot is free.
+
+        `due_at` is when they could be sent at first: orders that waited for a slot are due since it became free.
+        """
+        free_since = {name: orders.free_since for name, orders in self.orders.accounts.items()}
         return [
-            group
-            for group in self.groups
-            if group.due_at <= self.now and group.account not in held_accounts and group.host not in held_hosts
+            replace(group, due_at=max(group.due_at, since))
+            for group in self.orders.waiting
+            if self._may_be_asked(group) and (since := free_since[group.account]) is not None
         ]
+
+    def _may_be_asked(self, group: DueGroup | WaitingOrders) -> bool:
+        return (
+            group.due_at <= self.now and group.account not in self._held_accounts and group.host not in self._held_hosts
+        )
+
+    @cached_property
+    def _held_accounts(self) -> set[str]:
+        return {account.account for account in self.accounts if account.reason is not None}
+
+    @cached_property
+    def _held_hosts(self) -> set[str]:
+        return {host.host for host in self.hosts}
 
     @property
     def oldest_due_seconds(self) -> float:
-        """The seconds since the oldest job became due that may be polled now; 0 if there is none."""
-        return max(((self.now - group.due_at).total_seconds() for group in self.due), default=0.0)
+        """The seconds since the oldest job became due that may be polled, or sent as an order, now; 0 without any."""
+        return max(((self.now - group.due_at).total_seconds() for group in self.due_work), default=0.0)
 
     @property
     def last_request_at(self) -> datetime | None:
@@ -146,6 +178,7 @@ class WorkState:
 def read_work_state(
     connection: Connection,
     full_rps: Callable[[str], float],
+    full_slots: Callable[[str], int | None],
     *,
     accounts: Iterable[str] | None = None,
     now: datetime | None = None,
@@ -153,15 +186,16 @@ def read_work_state(
     """Read the state of all work, or only of the work of some accounts, `now` or at the database's time.
 
     `full_rps` returns the requests per second that the settings allow an account. It is used for accounts that no
-    running worker has recorded.
+    running worker has recorded. `full_slots` returns the configured number of slots for orders.
     """
     now = now or database_now(connection)
     breakers = all_breakers(connection)
-    names = waiting_accounts(connection) if accounts is None else list(accounts)
-    groups = due_groups(connection, names)
+    only = None if accounts is None else list(accounts)
+    groups = due_groups(connection, waiting_accounts(connection) if only is None else only)
+    order_state = read_order_state(connection, full_slots, accounts=only, now=now)
     processes = read_processes(connection)
     dead = dead_holders(process.holder for process in processes)
-    state = WorkState(now, breakers, groups, processes, dead, last_asked(connection), ())
+    state = WorkState(now, breakers, groups, processes, dead, last_asked(connection), (), order_state)
     return replace(state, accounts=account_states(state, full_rps))
 
 
@@ -169,7 +203,8 @@ def account_states(state: WorkState, full_rps: Callable[[str], float]) -> list[A
     """Return the state of each account that has a circuit breaker, waiting jobs, or a worker with its key, by name."""
     recorded = {name: rps for process in state.pollers for name, rps in (process.accounts or {}).items()}
     with_breaker = (name for scope, name in state.breakers if scope == "account")
-    names = sorted({*(group.account for group in state.groups), *recorded, *with_breaker})
+    waiting = (group.account for group in state.waiting)
+    names = sorted({*waiting, *recorded, *with_breaker, *state.orders.accounts})
     return [_account(name, state, recorded.get(name), full_rps(name)) for name in names]
 
 
@@ -181,7 +216,8 @@ def _account(name: str, state: WorkState, recorded_rps: float | None, default_rp
         reason, since = breaker.why, breaker.held_since
         reason_class = hold_class(breaker.why or "")
     elif recorded_rps is None and _has_no_key(name, state):
-        since = min((group.due_at for group in state.groups if group.account == name), default=None)
+        waiting = (group.due_at for group in state.waiting if group.account == name)
+        since = min(waiting, default=None)
         if since is not None and since < HELD_UNTIL:
             reason, reason_class = no_key(name), NO_KEY
     return AccountState(
