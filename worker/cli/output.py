@@ -30,14 +30,17 @@ COLOURS = {
     "expired": "red",
     "cancelled": "yellow",
     "downloading": "cyan",
+    "ordered": "cyan",
+    "uncertain": "red",
 }
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
 
 
 def plain(row: "Row[Any]", columns: Sequence[str]) -> dict[str, Any]:
-    """Return columns of a row as JSON values. Times are ISO 8601 with Z."""
-    return {name: moment(value) if isinstance(value := row._mapping[name], datetime) else value for name in columns}
+    """Return columns of a row as JSON values. Times are ISO 8601 with Z. A remote id that is not known is null."""
+    values = {name: moment(value) if isinstance(value := row._mapping[name], datetime) else value for name in columns}
+    return values | {"remote_id": values["remote_id"] or None} if "remote_id" in values else values
 
 
 def moment(value: datetime | None) -> str | None:

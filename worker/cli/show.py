@@ -24,6 +24,7 @@ from worker.client.jobs import Output
 from worker.coordination.rate_limiter import RateLimiter
 from worker.operations.explain import read_explanation, why
 from worker.operations.job_context import JobContext, read_context
+from worker.operations.order_findings import order_document, shown_order
 from worker.settings import Settings, load
 from worker.store.audit import actions_of
 from worker.store.events import events_of
@@ -67,9 +68,12 @@ def show(ids: tuple[str, ...], remote: str | None, account: str | None, as_json:
 def _print(document: dict[str, Any]) -> None:
     parts = {name: document.pop(name) for name in ("outputs", "webhooks", "unread", "actions", "chain", "advice")}
     document.pop("believed")  # the findings contain it
+    order = document.pop("order")
     if document["on_done"] is None:
         del document["on_done_attempts"]
     print_fields(document)
+    if order is not None:
+        print_fields(shown_order(order))
     print_records(FINDING_COLUMNS, parts["chain"], empty="")
     if parts["webhooks"]:
         print_records(EVENT_FIELDS, parts["webhooks"], empty="")
@@ -103,6 +107,7 @@ def _document(connection: Connection, job_id: int, settings: Settings) -> tuple[
         "next_look_at": None if look is None else moment(look.due_at),
         "why": why(context),
         "next_poll_at": moment(job.due_at) if is_waiting else None,
+        "order": order_document(context),
         "believed": None if estimate is None else asdict(estimate),
     }
     return document, context

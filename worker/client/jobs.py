@@ -83,8 +83,11 @@ class Job:
         return self.status in FINAL_STATES
 
     def as_json(self) -> dict[str, Any]:
-        """Return the job and its outputs as JSON values. Times are ISO 8601 in UTC."""
-        values = asdict(self).items()
+        """Return the job and its outputs as JSON values. Times are ISO 8601 in UTC.
+
+        `remote_id` is `None` as long as the API has not named the job.
+        """
+        values = (asdict(self) | {"remote_id": self.remote_id or None}).items()
         return {name: iso_time(value) if isinstance(value, datetime) else value for name, value in values}
 
     def progress(self) -> Progress:

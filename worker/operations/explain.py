@@ -10,9 +10,10 @@ from worker.coordination.rate_limiter import BudgetStatus, RateLimiter
 from worker.core.answer_history import parse_history
 from worker.core.circuit_breaker import BY_OPERATOR
 from worker.core.humanize import format_count, format_duration
-from worker.core.lifecycle import FINAL_STATES
+from worker.core.lifecycle import FINAL_STATES, ORDER_STATES
 from worker.core.redaction.masking import mask_personal_data
 from worker.operations.job_context import Finding, JobContext, ReadyEstimate
+from worker.operations.order_findings import order_findings, why_not_sent, why_uncertain
 from worker.operations.output_findings import on_done_findings, output_finding, promise_findings, webhook_findings
 from worker.operations.request_findings import late_cause, request_claim, request_findings
 
@@ -30,6 +31,8 @@ def explain(context: JobContext, peek: BudgetStatus | None) -> Explanation:
     findings = [_job(context)]
     if context.job.due_at is not None:
         findings += request_findings(context, peek)
+    elif context.job.status in ORDER_STATES:
+        findings += order_findings(context, peek)
     kept_answers = parse_history(context.job.last_answer)
     if kept_answers:
         details = "; ".join(_answer(answer.age, answer.note) for answer in kept_answers)
@@ -44,7 +47,8 @@ def explain(context: JobContext, peek: BudgetStatus | None) -> Explanation:
 
 def read_explanation(context: JobContext, limiter: RateLimiter) -> Explanation:
     """Read the rate limit from Redis and explain a job. Call it after the transaction that read the context."""
-    peeks = limiter.peek({context.job.account: context.rate}) if context.job.due_at is not None else {}
+    sends_requests = context.job.due_at is not None or context.job.status == "ordered"
+    peeks = limiter.peek({context.job.account: context.rate}) if sends_requests else {}
     return explain(context, peeks.get(context.job.account))
 
 
@@ -58,7 +62,8 @@ def _job(context: JobContext) -> Finding:
         "" if job.asked_at is None else f", the last {format_duration(context.seconds_since(job.asked_at))} ago"
     )
     age = format_duration(context.seconds_since(job.submitted_at))
-    detail = f"submitted {age} ago, {format_count(job.polls, 'request')}{last_request}"
+    begun = "ordered" if job.status in ORDER_STATES else "submitted"
+    detail = f"{begun} {age} ago, {format_count(job.polls, 'request')}{last_request}"
     if job.ready_at is not None and not context.tries_promised_links:
         detail += f"; first seen ready {format_duration(context.seconds_since(job.ready_at))} ago"
     if job.completed_at is not None:
@@ -108,6 +113,10 @@ def why(context: JobContext) -> str:
             return "it was cancelled"
         case "downloading":
             return _why_downloading(context)
+        case "uncertain":
+            return why_uncertain(context)
+        case "ordered":
+            return _why_held(context) or why_not_sent(context)
     return _why_held(context) or _why_waiting(context)
 
 
@@ -131,7 +140,7 @@ def _why_downloading(context: JobContext) -> str:
 
 
 def _why_held(context: JobContext) -> str | None:
-    """Return who or what holds a pending job, or None if it is not held."""
+    """Return who or what holds a pending or ordered job, or None if it is not held."""
     job, account = context.job, context.account_state
     no_expiry = "it does not expire during the hold"
     if job.held_at is not None:
@@ -142,7 +151,7 @@ def _why_held(context: JobContext) -> str | None:
     host = context.work.breakers.get(("host", job.fetch_host))
     if host is None or not host.held(context.now):
         return None
-    expires = host.is_unlisted and host.paused_at is None
+    expires = host.is_unlisted and host.paused_at is None and job.status not in ORDER_STATES
     return f"held: {host.name} {host.why}; {'it expires at its deadline' if expires else no_expiry}"
 
 

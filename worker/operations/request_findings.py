@@ -8,6 +8,7 @@ from sqlalchemy import Row
 from worker.coordination.rate_limiter import BudgetStatus
 from worker.core.circuit_breaker import BY_OPERATOR, NOT_LISTED, CircuitBreaker
 from worker.core.humanize import format_count, format_duration
+from worker.core.lifecycle import ORDER_STATES
 from worker.core.pacing.policy import PacedJob
 from worker.core.pacing.survival import MAX_POLL_AGE
 from worker.core.redaction.masking import mask_personal_data
@@ -29,10 +30,10 @@ def request_findings(context: JobContext, peek: BudgetStatus | None) -> Iterator
     if context.job.held_at is not None:
         held_for = format_duration(context.seconds_since(context.job.held_at))
         yield Finding("hold", BY_OPERATOR, f"for {held_for}", f"fetch-worker resume {context.job.id}")
-    yield _account(context)
-    yield _host(context)
+    yield account_finding(context)
+    yield host_finding(context)
     yield request_claim(context)
-    yield _rate_limit(context, peek)
+    yield rate_limit_finding(context, peek)
     yield _queue(context)
     yield _poll(context)
     if context.job.status == "pending":
@@ -40,7 +41,8 @@ def request_findings(context: JobContext, peek: BudgetStatus | None) -> Iterator
         yield _deadline(context)
 
 
-def _account(context: JobContext) -> Finding:
+def account_finding(context: JobContext) -> Finding:
+    """Return the finding about the account of a job: whether it is held or has no key."""
     name = context.job.account
     breaker = context.work.breakers.get(("account", name), CircuitBreaker("account", name))
     if breaker.held(context.now):
@@ -52,7 +54,8 @@ def _account(context: JobContext) -> Finding:
     return Finding("account", "open", f"{name}: its key is not tested yet, so a single request is sent first")
 
 
-def _host(context: JobContext) -> Finding:
+def host_finding(context: JobContext) -> Finding:
+    """Return the finding about the host of a job: whether it is held, or did not answer lately."""
     name = context.job.fetch_host
     breaker = context.work.breakers.get(("host", name), CircuitBreaker("host", name))
     if breaker.held(context.now):
@@ -70,7 +73,9 @@ def _held(context: JobContext, breaker: CircuitBreaker, subject: str) -> Finding
         detail = f"{subject}:{duration}, until an operator resumes it"
         return Finding(breaker.scope, BY_OPERATOR, detail, remedy.text)
     if breaker.is_unlisted:
-        advice = f"{remedy.text}, or cancel the job; otherwise the job expires at its deadline"
+        advice = f"{remedy.text}, or cancel the job"
+        if context.job.status not in ORDER_STATES:
+            advice += "; otherwise the job expires at its deadline"
         return Finding(breaker.scope, "held", f"{subject}:{duration}, {NOT_LISTED}", advice)
     wait = 0.0 if breaker.tried_at is None else -context.seconds_since(breaker.tried_at)
     next_try = (
@@ -123,7 +128,8 @@ def claim_finding(context: JobContext, step: str, row: Row[Any], activity: str, 
     return Finding(step, "held", detail, f"nothing: {activity}")
 
 
-def _rate_limit(context: JobContext, peek: BudgetStatus | None) -> Finding:
+def rate_limit_finding(context: JobContext, peek: BudgetStatus | None) -> Finding:
+    """Return the finding about the requests per second of the account. `peek` is None if Redis is not reachable."""
     breaker = context.work.breakers.get(("account", context.job.account))
     ceiling = (
         "" if breaker is None or breaker.ceiling is None else f", learned from the last refusal: {breaker.ceiling:.3g}"
