@@ -12,6 +12,7 @@ from worker.core.humanize import format_duration
 from worker.operations.overview import KindState, Overview, overview, read_kinds
 from worker.settings import load
 from worker.store.reports.history import answered_lately
+from worker.store.reports.order_state import AccountOrders
 from worker.store.reports.work_state import AccountState
 from worker.system.terminal import echo
 
@@ -28,25 +29,29 @@ def status(as_json: bool) -> None:
         print_json(_status_document(state, kinds, asked))
         return
     print_fields({name: count for name, count in state.jobs.items() if count} or {"jobs": "none yet"})
+    has_orders = bool(state.work.orders.accounts)
     rows = [
         (
             account.account,
             f"{account.rps:g}/s",
             f"{asked.get(account.account, 0.0):g}/s" if asked else "",
+            *(_order_cells(state.orders_of(account.account)) if has_orders else ()),
             account.reason or "open",
             account.since,
             account.until,
         )
         for account in state.work.shown_accounts
     ]
-    print_table(("account", "rate limit", "asked", "state", "since", "until (UTC)"), rows, empty="no accounts yet")
+    order_columns = ("ordered", "slots taken", "uncertain") if has_orders else ()
+    columns = ("account", "rate limit", "asked", *order_columns, "state", "since", "until (UTC)")
+    print_table(columns, rows, empty="no accounts yet")
     if state.work.hosts:
         hosts = [(host.host, host.reason, host.since, host.until) for host in state.work.hosts]
         print_table(("host", "held", "since", "until (UTC)"), hosts, empty="")
     if kinds:
-        columns = ("account", "kind", "jobs", "half ready (s)", "90 % (s)", "found ready", "expected",
+        kind_columns = ("account", "kind", "jobs", "half ready (s)", "90 % (s)", "found ready", "expected",
                    "delay (s)", "planned")  # fmt: skip
-        print_table(columns, [_kind_row(kind) for kind in kinds], empty="")
+        print_table(kind_columns, [_kind_row(kind) for kind in kinds], empty="")
     unstored = state.unstored
     if unstored.count:
         errors = "".join(f", {count} {code}" for code, count in sorted(unstored.trouble.items()))
@@ -63,7 +68,12 @@ def _status_document(state: Overview, kinds: Sequence[KindState], asked: Mapping
     return {
         "jobs": dict(state.jobs),
         "accounts": [
-            {"account": account.account, "hold": _hold(account), "rps": account.rps}
+            {
+                "account": account.account,
+                "hold": _hold(account),
+                "rps": account.rps,
+                **_order_counts(state.orders_of(account.account)),
+            }
             for account in state.work.shown_accounts
         ],
         "asked_per_second": dict(asked),
@@ -78,6 +88,18 @@ def _status_document(state: Overview, kinds: Sequence[KindState], asked: Mapping
             "storage": state.unstored.storage,
         },
         "kinds": [asdict(kind) for kind in kinds],
+    }
+
+
+def _order_cells(orders: AccountOrders) -> tuple[object, ...]:
+    return orders.ordered, f"{orders.taken} of {orders.slots}", orders.uncertain
+
+
+def _order_counts(orders: AccountOrders) -> dict[str, Any]:
+    return {
+        "ordered": orders.ordered,
+        "uncertain": orders.uncertain,
+        "slots": {"taken": orders.taken, "total": orders.slots},
     }
 
 

@@ -285,6 +285,15 @@ def _rate(account: AccountNow, _: Snapshot) -> str:
     return f"{account.rps:g}" + ("" if account.ceiling is None else f" (learned: {account.ceiling:g})")
 
 
+def _ordered(account: AccountNow, _: Snapshot) -> str:
+    uncertain = f" ({account.uncertain:,} uncertain)" if account.uncertain else ""
+    return f"{account.ordered:,}{uncertain}"
+
+
+def _slots(account: AccountNow, _: Snapshot) -> str:
+    return f"{account.slots_taken} of {account.slots}"
+
+
 _one_decimal = "{:.1f}".format
 _thousands = "{:,}".format
 LATE_JOBS = _Table("LATE JOBS", lambda snapshot: snapshot.late, _field("id"), {
@@ -298,7 +307,7 @@ TABLES = (
     _Table("ACCOUNTS", lambda snapshot: sorted(snapshot.accounts, key=lambda account: account.reason is None),
         _field("account"), {
         "per second": _field("used", _one_decimal), "of": _rate, "free now": _field("left"),
-        "held for": _since("since"), "next try": _until("until"),
+        "ordered": _ordered, "slots": _slots, "held for": _since("since"), "next try": _until("until"),
         "state": _field("reason", "HELD: {}".format, missing="open"),
     }),
     _Table("HELD HOSTS", lambda snapshot: snapshot.hosts, _field("host"), {

@@ -17,12 +17,14 @@ from worker.core.histograms import DELAYS, MORE, POLLS, TRANSFERS
 from worker.core.lifecycle import FINAL_STATES
 from worker.metrics.figures import Figures
 from worker.operations.troubles import count_by_code, count_jobs_by_code
+from worker.ordering.order_recorder import NAMES as ORDER_ANSWERS
 from worker.store.counters import (
     ANSWERS,
     ATTEMPTS,
     DELAY,
     FINISHED,
     LEFT_OUT,
+    ORDERS,
     POLLED,
     TRANSFER,
     WEBHOOKS,
@@ -66,7 +68,18 @@ METRICS = (
         "rows are pruned; see fetch_worker_jobs_finished_total. Numbers of more than 100,000 jobs are "
         "at most half a minute old, also in the other metrics."),
     Definition(GAUGE, "jobs_unfinished", ("account", "kind", "status"),
-        "Jobs that are pending, held by an operator or downloading. Above 100,000 jobs their kind is other."),
+        "Jobs that are not final: ordered, uncertain, pending, held by an operator or downloading. Above 100,000 jobs "
+        "the kind of pending and held ones is other."),
+    Definition(GAUGE, "orders_waiting", ("account",),
+        "Orders that wait to be sent, including those of held accounts and hosts. Counting stops at 10,001."),
+    Definition(GAUGE, "orders_at_api", ("account",),
+        "Orders that take a slot: they are being sent, or the API works on their job."),
+    Definition(GAUGE, "order_slots", ("account",),
+        "Orders of the account that may wait at the API at once, from SD_API_SLOTS or as its refusals showed."),
+    Definition(GAUGE, "orders_uncertain", ("account",),
+        "Orders that were sent and whose answer is lost. `fetch-worker list --status uncertain` lists them."),
+    Definition(COUNTER, "orders", ("account", "answer"),
+        "Orders that were sent, by the class of the answer; one that was not taken counts each time that it is sent."),
     Definition(GAUGE, "jobs_due", ("account",),
         "Jobs that are due for a poll and not claimed, including those of held accounts and hosts."),
     Definition(GAUGE, "oldest_due_seconds", (),
@@ -101,7 +114,7 @@ METRICS = (
     Definition(COUNTER, "stored_bytes", (), "Bytes of stored outputs."),
     Definition(HISTOGRAM, "download_duration_seconds", (),
         "Duration of the download attempts that stored their output."),
-    Definition(GAUGE, "claims", ("scope",), "Jobs and outputs that are claimed by a process."),
+    Definition(GAUGE, "claims", ("scope",), "Jobs, outputs, webhooks and orders that are claimed by a process."),
     Definition(GAUGE, "claims_stuck", (),
         "Claims on jobs and outputs whose lease ended more than 30 s plus RECOVERY_SECONDS ago."),
     Definition(GAUGE, "webhooks_pending", (), "Webhooks that are not delivered yet."),
@@ -155,6 +168,7 @@ def _rows(figures: Figures) -> dict[str, Any]:
     stats, counters = figures.stats, figures.counters
     accounts = stats.accounts
     holds = [((hold.scope, hold.name, hold.reason), hold.since.timestamp()) for hold in stats.holds]
+    orders = figures.work.orders.accounts.values()
     unstored = {group.code or "none": group.count for group in stats.unstored}
     attempts = list(_named(counters, ATTEMPTS))
     return {
@@ -168,6 +182,11 @@ def _rows(figures: Figures) -> dict[str, Any]:
         ],
         "jobs": [((status,), stats.jobs[status]) for status in STATES],
         "jobs_unfinished": figures.unfinished.items(),
+        "orders_waiting": [((order.account,), order.waiting) for order in orders],
+        "orders_at_api": [((order.account,), order.taken) for order in orders],
+        "order_slots": [((order.account,), order.slots) for order in orders],
+        "orders_uncertain": [((order.account,), order.uncertain) for order in orders],
+        "orders": _orders(counters, {order.account for order in orders}).items(),
         "jobs_due": [((account.name,), account.due) for account in accounts],
         "oldest_due_seconds": [((), stats.oldest_due)],
         "account_oldest_due_seconds": [((account.name,), account.oldest_due) for account in accounts],
@@ -208,6 +227,11 @@ def _finished(counters: Sequence[Total]) -> dict[tuple[str, str, str], int]:
 def _answers(counters: Sequence[Total], accounts: Iterable[str]) -> dict[tuple[str, str], int]:
     answers = {(key.account, metric_label(key.label)): times for key, times in _counts(counters, ANSWERS)}
     return {(account, name.metric): 0 for account in accounts for name in ANSWER_NAMES.values()} | answers
+
+
+def _orders(counters: Sequence[Total], accounts: Iterable[str]) -> dict[tuple[str, str], int]:
+    answers = {(key.account, key.label): times for key, times in _counts(counters, ORDERS)}
+    return {(account, name): 0 for account in accounts for name in ORDER_ANSWERS.values()} | answers
 
 
 def _left_out(counters: Sequence[Total], accounts: Iterable[str]) -> dict[tuple[str], int]:

@@ -14,6 +14,7 @@ from worker.polling.duration_learner import read_models
 from worker.settings import Settings
 from worker.store.jobs import count_by_state
 from worker.store.paces import newest_paces
+from worker.store.reports.order_state import AccountOrders
 from worker.store.reports.work_state import WorkState
 
 MAX_KINDS = 50  # the most recently updated kinds
@@ -46,11 +47,16 @@ class Overview:
     jobs: Mapping[str, int]
     evidence: Evidence
     troubles: Sequence[Trouble]
+    settings: Settings
 
     @property
     def work(self) -> WorkState:
         """The state of accounts, hosts, processes and due work."""
         return self.evidence.work
+
+    def orders_of(self, account: str) -> AccountOrders:
+        """Return the orders of an account, and its slots."""
+        return self.work.orders.of(account, self.settings.slots(account))
 
     @property
     def unstored(self) -> UnstoredOutputs:
@@ -70,6 +76,7 @@ def overview(
         jobs={state: job_counts.get(state, 0) for state in JOB_STATES},
         evidence=evidence,
         troubles=read_troubles(connection, settings, evidence),
+        settings=settings,
     )
 
 

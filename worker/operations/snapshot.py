@@ -23,7 +23,7 @@ class Counted:
 
 @dataclass(frozen=True, slots=True)
 class AccountNow:
-    """An account: the requests per second that it makes and may make, and its hold, if it is held.
+    """An account: the requests per second that it makes and may make, its orders and slots, and its hold, if held.
 
     `used` is `None` until two snapshots were read. `left` is the number of requests that can be sent at once, or `None`
     if Redis is not reachable. `until` is when the hold ends or is probed, or `None` if an operator must end it.
@@ -34,6 +34,10 @@ class AccountNow:
     rps: float
     ceiling: float | None
     left: int | None
+    ordered: int
+    uncertain: int
+    slots_taken: int
+    slots: int
     reason: str | None
     since: datetime | None
     until: datetime | None

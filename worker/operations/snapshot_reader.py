@@ -37,6 +37,7 @@ from worker.settings import Settings
 from worker.store.counters import ANSWERS, DELAY, POLLED, CounterKey, Total, read_counters
 from worker.store.engine import translate_errors
 from worker.store.reports import snapshot_rows
+from worker.store.reports.order_state import OrderState
 from worker.store.reports.work_state import AccountState, WorkState, no_key
 
 WINDOW_SECONDS = 60.0  # for delays and polls per job
@@ -128,11 +129,14 @@ class SnapshotReader:
         return Snapshot(
             at=now,
             asked_seconds=None if rows.work.last_request_at is None else _seconds(now - rows.work.last_request_at),
-            asking=rows.asking,
+            asking=rows.asking + sum(orders.sending for orders in rows.work.orders.accounts.values()),
             budget_known=bool(peeks),
             troubles=rows.troubles,
             jobs=[_count(state, count) for state, count in rows.jobs.items()],
-            accounts=[self._account(state, peeks.get(state.account), sample) for state in rows.work.shown_accounts],
+            accounts=[
+                self._account(state, rows.work.orders, peeks.get(state.account), sample)
+                for state in rows.work.shown_accounts
+            ],
             hosts=[replace(host, reason=mask_personal_data(host.reason)) for host in rows.work.hosts],
             late=[_late_job(row, rows) for row in rows.late],
             late_count=_count("late", rows.late_count),
@@ -158,9 +162,11 @@ class SnapshotReader:
     def _account(
         self,
         state: AccountState,
+        order_state: OrderState,
         peek: BudgetStatus | None,
         sample: _Sample,
     ) -> AccountNow:
+        orders = order_state.of(state.account, self._settings.slots(state.account))
         first = next((earlier for earlier in self._samples if sample.at - earlier.at <= RATE_SECONDS), None)
         if first is None:
             used = None if peek is None else peek.accepted
@@ -175,6 +181,10 @@ class SnapshotReader:
             rps=state.rps,
             ceiling=None if state.ceiling is None else round(state.ceiling, 2),
             left=None if peek is None else peek.available,
+            ordered=orders.ordered,
+            uncertain=orders.uncertain,
+            slots_taken=orders.taken,
+            slots=orders.slots,
             reason=state.reason,
             since=state.since,
             until=state.until,
