@@ -157,7 +157,7 @@ def test_actions_on_several_jobs_report_their_result(operator: Operator, engine:
     )
     assert operator.act("retry", [failed]) == "1 job retried."
     assert read_job(engine, failed).status == "pending"
-    assert operator.act("retry", waiting) == "0 jobs retried, 3 were neither failed nor expired."
+    assert operator.act("retry", waiting) == "0 jobs retried, 3 were neither failed, expired nor uncertain."
 
 
 def test_a_database_error_between_two_jobs_is_reported_correctly(operator: Operator, engine: Engine) -> None:

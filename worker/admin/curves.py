@@ -8,10 +8,11 @@ from itertools import pairwise
 from typing import Any
 
 from worker.core.histograms import DELAYS, quantile
-from worker.core.lifecycle import JOB_STATES
+from worker.core.lifecycle import JOB_STATES, ORDER_STATES
 
 MAX_ACCOUNTS = 6
-WAITING = ("pending", "held", "downloading")
+WAITING = ("pending", "held", "downloading", *ORDER_STATES)
+RARE = frozenset({"held", *ORDER_STATES})  # states whose curve is left out while no job has them
 ENDS = tuple(state for state in JOB_STATES if state not in WAITING)
 
 Point = tuple[datetime, float | None]
@@ -93,7 +94,7 @@ def waiting_curves(history: Sequence[Sample]) -> list[Curve]:
     curves = [
         Curve(state, [(sample.minute, sample.body["jobs"].get(state, 0)) for sample in history]) for state in WAITING
     ]
-    return [curve for curve in curves if curve.name != "held" or any(value for _, value in curve.points)]
+    return [curve for curve in curves if curve.name not in RARE or any(value for _, value in curve.points)]
 
 
 def ended_curves(history: Sequence[Sample]) -> list[Curve]:

@@ -10,10 +10,11 @@ from sqlalchemy import Connection
 from worker.client.holds import hold_account_or_host, resume_account_or_host
 from worker.client.job_actions import JOB_ACTIONS, Action, JobAction
 from worker.client.matching import change_matching, changeable
+from worker.client.ordering import attach
 from worker.client.selection import filter_options
 from worker.core.circuit_breaker import Scope
 from worker.core.humanize import format_count
-from worker.errors import JobNotFound, Unavailable
+from worker.errors import JobNotFound, NotTrackable, Unavailable
 from worker.settings import Settings
 from worker.store.jobs import MAX_ID
 from worker.store.reports.search import JobFilter, count_matching
@@ -87,6 +88,18 @@ def apply_to_matching(action: Action, job_filter: JobFilter, settings: Settings,
         command = f"fetch-worker {action} {filter_options(job_filter)}"
         error = f" The page stopped after {MATCHING_SECONDS:g} s, so some may be left: do it again, or run `{command}`."
     return f"{format_count(changed, 'job')} {JOB_ACTIONS[action].done}.{error}"
+
+
+def attach_remote(job_id: int, remote_id: str, *, who: str) -> tuple[bool, str]:
+    """Name the remote job of an uncertain order. Return whether it changed, and the result as a sentence."""
+    try:
+        with acting("page", who):
+            changed = attach(job_id, remote_id)
+    except (JobNotFound, NotTrackable) as error:
+        return False, f"Not attached: {error}."
+    if not changed:
+        return False, f"Not attached: job {job_id} is not uncertain."
+    return True, f"Job {job_id} is attached to {remote_id}: it is polled at once."
 
 
 def apply_to_breaker(name: str, scope: Scope, breaker: str, *, who: str) -> str:

@@ -15,12 +15,12 @@ from werkzeug.wrappers import Response
 from worker.admin.access import own_path
 from worker.admin.confirmation import ask_for_confirmation
 from worker.admin.formatting import moment
-from worker.admin.job_actions import apply_to_jobs, apply_to_matching, count_changeable, job_ids
+from worker.admin.job_actions import apply_to_jobs, apply_to_matching, attach_remote, count_changeable, job_ids
 from worker.admin.reader import AdminReader
 from worker.client.job_actions import FILTER_ACTIONS, JOB_ACTIONS
 from worker.client.selection import filter_options
 from worker.core.humanize import format_count
-from worker.core.lifecycle import FINAL_STATES, JOB_CODES, JOB_STATES, OUTPUT_CODES
+from worker.core.lifecycle import FINAL_STATES, JOB_CODES, JOB_STATES, ORDER_STATES, OUTPUT_CODES
 from worker.store.jobs import MAX_ID
 from worker.store.reports.known_names import known_accounts, known_kinds, unknown_name
 from worker.store.reports.pages import Page
@@ -162,6 +162,14 @@ class JobsView(RowsView):
             flash(f"No matching job can be {JOB_ACTIONS[action].done}.", "warning")
         return redirect(back)
 
+    @expose("/attach/", methods=("POST",))
+    def attach(self) -> Response:
+        """Name the remote job of an uncertain order."""
+        job_id = next(iter(job_ids([request.form.get("rowid", "")])), 0)
+        attached, message = attach_remote(job_id, request.form.get("remote_id", "").strip(), who=g.login.name)
+        flash(message, "success" if attached else "warning")
+        return redirect(url_for("jobs.details_view", id=job_id))
+
     def act(self, name: str, ids: Sequence[str]) -> str | None:
         """Ask for confirmation, or apply the action if the form is confirmed."""
         job_action, selected = JOB_ACTIONS[name], job_ids(ids)
@@ -186,7 +194,7 @@ class JobsView(RowsView):
     retry, cancel, hold, resume, notify = map(_action_method, ("retry", "cancel", "hold", "resume", "notify"))
 
 
-JobsView.keep_urls("index_view", "details_view", "action_view", "matching")
+JobsView.keep_urls("index_view", "details_view", "action_view", "matching", "attach")
 
 
 def list_parameters() -> dict[str, Any]:
@@ -255,5 +263,7 @@ def possible(job: Row[Any], events: Sequence[Row[Any]]) -> set[str]:
     actions = {"notify"} if has_webhook else set()
     if is_final:
         return actions | ({"retry"} if job.status in ("failed", "expired") else set())
+    if job.status in ORDER_STATES:
+        return actions | {"cancel"} | ({"retry"} if job.status == "uncertain" else set())
     can_be_held = job.status == "pending" and job.held_at is None
     return actions | {"cancel", "resume"} | ({"hold"} if can_be_held else set())

@@ -35,8 +35,9 @@ class JobAction:
 JOB_ACTIONS: Mapping[str, JobAction] = MappingProxyType({
     action.name: action
     for action in (
-        JobAction("retry", "Failed and expired jobs are tried again at once, with a new deadline.",
-            "retried", "neither failed nor expired", retry, ("failed", "expired", "uncertain")),
+        JobAction("retry", "Failed and expired jobs are tried again at once, with a new deadline. "
+            "An uncertain order is sent again: if the API has taken it, it is paid twice.",
+            "retried", "neither failed, expired nor uncertain", retry, ("failed", "expired", "uncertain")),
         JobAction("cancel", "The jobs end; their stored files stay. This can't be undone.",
             "cancelled", "already final", cancel, ("ordered", "uncertain", "pending", "downloading")),
         JobAction("hold", "The jobs are not polled until they are resumed. Only pending jobs can be held.",
