@@ -42,6 +42,11 @@ HELD_WORDS = "held by an operator since 2026-03-01 12:00 UTC"
     ("changes", "state", "result", "exception"),
     [
         ({}, "RECEIVED", None, None),
+        ({"status": "ordered", "remote_id": ""}, "ORDERED", "the order is not taken yet", None),
+        (
+            {"status": "uncertain", "remote_id": ""},
+            *("UNCERTAIN", "the order was sent and its answer is lost: attach, retry or cancel it", None),
+        ),
         (ASKED, "STARTED", "polled 2 times: processing", None),
         (ASKED | {"polls": 1, "last_answer": None}, "STARTED", "polled once", None),
         ({"held_at": after(1)}, "RECEIVED", HELD_WORDS, None),
@@ -181,3 +186,11 @@ def test_no_job_is_shown_twice_and_the_limit_is_kept(newest: list[int], shown: l
     assert set(job_ids) <= {*newest, *shown}
     assert job_ids[:1] == newest[:1] or not newest
     assert len(job_ids) >= len(newest[:limit])
+
+
+def test_given_an_order_without_remote_id_then_its_kind_is_shown() -> None:
+    order = replace(JOB, status="ordered", remote_id="")
+
+    assert task_fields(order)["args"] == "('image',)"
+    assert task_fields(order)["kwargs"] == "{'id': 7, 'account': 'shop', 'kind': 'image'}"
+    assert task_fields(replace(order, reference="order-77"))["args"] == "('image', 'order-77')"

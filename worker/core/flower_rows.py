@@ -14,11 +14,17 @@ from worker.core.redaction.masking import mask_personal_data
 NAME = "fetch-worker.job"
 PREFIX = "job-"
 STATES: Mapping[str, str] = {
+    "ordered": "ORDERED",
+    "uncertain": "UNCERTAIN",
     "downloading": "DOWNLOADING",
     "completed": "SUCCESS",
     "failed": "FAILURE",
     "expired": "FAILURE",
     "cancelled": "REVOKED",
+}
+ORDER_NOTES: Mapping[str, str] = {
+    "ordered": "the order is not taken yet",
+    "uncertain": "the order was sent and its answer is lost: attach, retry or cancel it",
 }
 TIME_FIELD: Mapping[str, str] = {"SUCCESS": "succeeded", "FAILURE": "failed", "REVOKED": "revoked"}
 SHOWN_AFTER_END = timedelta(seconds=60)  # an old job stays visible for this time after its end
@@ -122,17 +128,22 @@ def _search_terms(job: FlowerJob) -> dict[str, object]:
 
     Flower before 2.1 finds the first place of a name in this text: `id` comes before `remote_id`, and free text last.
     """
-    terms = {"id": job.id, "remote_id": job.remote_id, "account": job.account, "kind": job.kind}
+    remote = {"remote_id": job.remote_id} if job.remote_id else {}
+    terms = {"id": job.id, **remote, "account": job.account, "kind": job.kind}
     return terms if job.reference is None else terms | {"reference": job.reference}
 
 
 def _arguments(job: FlowerJob) -> tuple[str, ...]:
-    """Return what operators know the job by, short enough for a column of the table."""
+    """Return what operators know the job by, short enough for a column of the table.
+
+    An order has no remote id until the API has taken it, so its kind is shown.
+    """
+    name = job.remote_id or job.kind
     if job.reference is None:
-        return (job.remote_id,)
+        return (name,)
     reference = job.reference
     is_long = len(reference) > MAX_REFERENCE_LENGTH
-    return (job.remote_id, f"{reference[: MAX_REFERENCE_LENGTH - 1]}…" if is_long else reference)
+    return (name, f"{reference[: MAX_REFERENCE_LENGTH - 1]}…" if is_long else reference)
 
 
 def _trouble(job: FlowerJob) -> str | None:
@@ -149,6 +160,8 @@ def _result(job: FlowerJob) -> str:
     listed, stored, size = job.outputs
     if job.status == "completed":
         return f"{format_count(stored, 'output')} stored, {size:,} bytes"
+    if job.status in ORDER_NOTES:
+        return ORDER_NOTES[job.status]
     progress = f"{stored} of {format_count(listed, 'output')} stored, {size:,} bytes" if listed else ""
     code = job.error_code if job.status in ("failed", "expired") else None
     hold = "" if job.held_at is None or job.final else f"held by an operator since {job.held_at:%Y-%m-%d %H:%M} UTC"

@@ -6,6 +6,7 @@ from typing import Any
 from sqlalchemy import BindParameter, ColumnElement, Connection, Row, Select, bindparam, case, func, select
 
 from worker.core.flower_rows import MAX_MESSAGE_LENGTH, FlowerJob, Outputs, job_ids_to_show
+from worker.core.lifecycle import ORDER_STATES
 from worker.store.engine import database_now
 from worker.store.schema import jobs, outputs
 
@@ -55,7 +56,7 @@ def _flower_job(row: Row[Any], job_outputs: Outputs) -> FlowerJob:
 
 def _known_outputs(row: Row[Any], previous: FlowerJob | None) -> Outputs | None:
     """Return a job's outputs if no query is needed: it has none yet, or it had already ended before. Else None."""
-    if row.status == "pending":
+    if row.status in ("pending", *ORDER_STATES):
         return NO_OUTPUTS
     unchanged = previous is not None and previous.final and previous.completed_at == row.completed_at
     return previous.outputs if previous is not None and unchanged else None
