@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, event
 
+from tests.planted_orders import add_at_api, add_order, add_uncertain
 from tests.rows import STORED, add_downloading, add_job, add_output, read_job, read_output
 from worker.store.counters import FINISHED, read_counters
+from worker.store.orders import order_row
 from worker.store.repair import Repaired, Repairer
+from worker.store.schema import orders
 
 WHOLE: dict[str, Any] = STORED | {"size_bytes": 1}
 FAILED: dict[str, Any] = {"status": "failed", "due_at": None, "error_code": "gone"}
@@ -117,3 +120,67 @@ def test_given_nothing_to_repair_then_no_statement_writes_or_locks(engine: Engin
     event.remove(engine, "before_cursor_execute", record_statement)
     assert len(statements) < 12
     assert not [statement for statement in statements if "UPDATE" in statement]
+
+
+def test_given_an_ordered_job_without_its_order_when_repaired_then_it_fails(engine: Engine) -> None:
+    with engine.begin() as connection:
+        job_id = add_order(connection)
+        connection.execute(orders.delete())
+
+    assert Repairer(engine).run() == Repaired(jobs=(job_id,))
+    job = read_job(engine, job_id)
+    assert (job.status, job.error_code) == ("failed", "refused")
+    assert "its order is missing" in job.error_message
+
+
+def test_given_an_order_in_no_queue_when_repaired_then_it_waits_again(engine: Engine) -> None:
+    with engine.begin() as connection:
+        job_id = add_order(connection, account="shop", queue=None, due_at=None)
+
+    assert Repairer(engine).run() == Repaired(orders=1)
+    with engine.connect() as connection:
+        order = order_row(connection, job_id)
+    assert order is not None
+    assert (order.queue, order.takes_slot) == ("shop", False)
+    assert order.due_at is not None
+
+
+def test_given_an_uncertain_order_in_the_queue_when_repaired_then_it_is_not_sent_twice(engine: Engine) -> None:
+    with engine.begin() as connection:
+        job_id = add_uncertain(connection, queue="default", due_at=_now())
+
+    assert Repairer(engine).run() == Repaired(orders=1)
+    with engine.connect() as connection:
+        order = order_row(connection, job_id)
+    assert order is not None
+    assert (order.queue, order.due_at, read_job(engine, job_id).status) == (None, None, "uncertain")
+
+
+def test_given_valid_orders_when_repaired_then_none_changes(engine: Engine) -> None:
+    with engine.begin() as connection:
+        add_order(connection, "waits")
+        claim: dict[str, Any] = {
+            "takes_slot": True,
+            "claim_token": "t",
+            "claim_holder": "h",
+            "due_at": _now() + timedelta(seconds=30),
+        }
+        add_order(connection, "is sent", attempt_token="t", **claim)
+        add_at_api(connection, "at the API")
+        add_uncertain(connection, "lost", queue="default", takes_slot=True, slot_until=_now() + timedelta(seconds=60))
+        add_uncertain(connection, "lost long ago")
+
+    assert Repairer(engine).run() == Repaired()
+
+
+def test_given_a_claim_of_an_order_beyond_any_lease_when_repaired_then_its_lease_ends(engine: Engine) -> None:
+    claim: dict[str, Any] = {"takes_slot": True, "claim_token": "t", "claim_holder": "h", "attempt_token": "t"}
+    with engine.begin() as connection:
+        job_id = add_order(connection, due_at=_now() + timedelta(days=2), **claim)
+
+    assert Repairer(engine).run() == Repaired(claims=1)
+    with engine.connect() as connection:
+        order = order_row(connection, job_id)
+    assert order is not None
+    assert order.due_at <= _now()
+    assert order.attempt_token == "t"
