@@ -19,10 +19,12 @@ from worker.store.schema import (
     jobs,
     late_looks,
     moved_files,
+    orders,
     outputs,
     paces,
     processes,
     promises,
+    slots,
     unread,
 )
 
@@ -68,6 +70,12 @@ def plant_rows(engine: Engine) -> None:
                     "job_id": 9,
                 }
             ],
+            orders: [
+                _order(10, queue="default", due_at=NOW),
+                _order(11, queue="default", takes_slot=True, attempt_token="t", due_at=MOMENT, **CLAIM),
+                _order(12, payload=f'{{"prompt":"{LONG_TEXT}"}}', last_error=TEXT),
+            ],
+            slots: [{"account": "Ä", "slots": 5, "refused_at": MOMENT, "paused_at_taken": 3}],
             moved_files: [{"output_id": 2**40, "job_id": 1, "location": "file:///ü%20"}],
         }
         for table, values in rows.items():
@@ -108,6 +116,11 @@ def _plant_outputs(connection: Connection) -> None:
 def _event(job_id: int, body: str, **changes: Any) -> dict[str, Any]:
     row = {"event_id": f"evt_{job_id}", "job_id": job_id, "type": "job.failed", "url": "https://shop.test/hook"}
     return row | {"body": body, "created_at": MOMENT} | changes
+
+
+def _order(job_id: int, **changes: Any) -> dict[str, Any]:
+    row = {"id": job_id, "order_key": f"key {job_id}", "order_rank": -3, "host": "api.test", "endpoint": "v6/x"}
+    return row | {"payload": "{}", "payload_sha256": "ab" * 32, "ordered_at": MOMENT} | changes
 
 
 def _counter(number: int) -> dict[str, Any]:
@@ -167,16 +180,18 @@ def all_rows(engine: Engine) -> Rows:
 
 
 def with_claims_released(rows: Rows, copy: Rows) -> Rows:
-    """Return rows as their copy has to have them: claimed rows were due when they were copied, a moment ago."""
+    """Return rows as their copy has to have them: claimed rows were due when they were copied, a moment ago.
+
+    Orders keep their claim: the first sweep releases it.
+    """
     expected = {}
     for name, table_rows in rows.items():
-        due_times = {row["id"]: row["due_at"] for row in copy[name] if "claim_token" in row}
+        key = "job_id" if name == orders.name else "id"
+        due_times = {row[key]: row["due_at"] for row in copy[name] if "claim_token" in row}
+        released = {} if name == orders.name else {"claim_token": None, "claim_holder": None}
         expected[name] = [
-            row | {"claim_token": None, "claim_holder": None, "due_at": due_times[row["id"]]}
-            if row.get("claim_token")
-            else row
-            for row in table_rows
+            row | {**released, "due_at": due_times[row[key]]} if row.get("claim_token") else row for row in table_rows
         ]
         for row in table_rows:
-            assert not row.get("claim_token") or abs(datetime.now(UTC) - due_times[row["id"]]) < timedelta(minutes=15)
+            assert not row.get("claim_token") or abs(datetime.now(UTC) - due_times[row[key]]) < timedelta(minutes=15)
     return expected

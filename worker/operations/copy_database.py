@@ -213,7 +213,7 @@ def _replace_table(reading: Connection, target: Engine, table: Table) -> int:
 def _copy_batch(target: Engine, table: Table, rows: Sequence[Values], position: Position) -> Position:
     """Insert rows and record the new position, in one transaction. Return the new position."""
     (key,) = table.primary_key.columns
-    new_position = {**position, table.name: rows[-1][key.name]}
+    new_position = {**position, table.name: rows[-1][key.key]}
     with target.begin() as connection:
         if not copying.record_position(connection, position, new_position):
             raise CopyRefused(f"another run copies into {TARGET} at the same time")
@@ -235,7 +235,7 @@ def _insert(connection: Connection, table: Table, rows: Sequence[Values]) -> int
         if error_kind(error) != "row" or connection.invalidated:
             raise
         if len(rows) == 1:
-            key = ", ".join(f"{column.name} {rows[0][column.name]}" for column in table.primary_key.columns)
+            key = ", ".join(f"{column.name} {rows[0][column.key]}" for column in table.primary_key.columns)
             raise CopyRefused(f"{TARGET} refuses the row of {table.name} with {key}: {error_name(error)}") from None
         middle = len(rows) // 2
         _insert(connection, table, rows[:middle])

@@ -8,13 +8,19 @@ from typing import Any
 
 from sqlalchemy import Column, Connection, Table, delete, func, insert, select, text, update
 
-from worker.store.schema import HELD_UNTIL, bodies, copies, events, metadata, processes, promises, unread
+from worker.store.schema import HELD_UNTIL, bodies, copies, events, metadata, orders, processes, promises, unread
 from worker.store.transitions import NO_CLAIM
 
 # All tables in the order of their foreign keys, without those that describe the database itself.
 COPIED_TABLES: Sequence[Table] = [table for table in metadata.sorted_tables if table not in (processes, copies)]
 BATCH_ROWS = 1_000
-SMALL_BATCHES: Mapping[Table, int] = {bodies: 1, events: 100, promises: 100, unread: 100}  # tables with large values
+SMALL_BATCHES: Mapping[Table, int] = {
+    bodies: 1,
+    events: 100,
+    orders: 10,
+    promises: 100,
+    unread: 100,
+}  # tables with large values
 
 Values = dict[str, Any]
 
@@ -33,7 +39,7 @@ def row_batches(connection: Connection, table: Table, *, after: int | None) -> I
 
     The rows are streamed: only one batch is in memory. No other statement may run on the connection meanwhile.
     """
-    query = select(table)
+    query = select(*(column.label(column.key) for column in table.c))  # the names that `insert_rows` takes
     column = id_column(table)
     if column is not None:
         query = query.order_by(column)
@@ -46,13 +52,17 @@ def row_batches(connection: Connection, table: Table, *, after: int | None) -> I
 
 
 def release_claims(table: Table, rows: Sequence[Values], *, now: datetime) -> None:
-    """Release the claims in rows: processes of another database hold them. Claimed rows are due now."""
+    """Release the claims in rows: processes of another database hold them. Claimed rows are due now.
+
+    Of a claimed order only the lease ends. The first sweep releases it, and knows whether it was sent.
+    """
     if "claim_holder" not in table.c:
         return
     for row in rows:
         if row["claim_holder"] is None and row["claim_token"] is None:
             continue
-        row.update(NO_CLAIM)
+        if table is not orders:
+            row.update(NO_CLAIM)
         if row["due_at"] is not None and row["due_at"] < HELD_UNTIL:
             row["due_at"] = now
 
