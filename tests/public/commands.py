@@ -13,6 +13,7 @@ from unittest.mock import patch
 from sqlalchemy import Engine, make_url, select, update
 
 from tests import planted
+from tests.planted_orders import add_order, add_uncertain
 from tests.rows import add_output, seconds
 from worker.cli import main
 from worker.client.connection import loaded_settings
@@ -38,12 +39,15 @@ def command_documents() -> Iterator[tuple[str, Any]]:
     with _planted_folder() as folder:
         (folder / "answer.json").write_text(ANSWER)
         (folder / "trace.jsonl").write_text(TRACE)
+        (folder / "order.json").write_text('{"prompt": "a lake"}')
         for arguments in (
             ("track", "1001", "1002"),
             ("list",),
             ("show", "1"),
             ("show", "2"),
             ("show", "3"),
+            ("show", "8"),
+            ("show", "9"),
             ("status",),
             ("doctor",),
             ("top",),
@@ -57,6 +61,8 @@ def command_documents() -> Iterator[tuple[str, Any]]:
             ("cancel", "1"),
             ("notify", "1"),
             ("retry", "3"),
+            ("order", "v6/images/text2img", "order.json"),
+            ("attach", "9", "1009"),
             ("cancel", "--account", "default", "--status", "pending", "--dry-run"),
             ("retry", "--status", "failed", "--yes"),
             ("verify", "--dry-run"),
@@ -89,6 +95,10 @@ def exit_codes() -> Iterator[tuple[Sequence[str], int]]:
             ("cancel", "999"),
             ("cancel", "--status", "pending"),
             ("retry", "2"),
+            ("order", "v6/images/text2img", "missing.json"),
+            ("attach", "9", "1009"),
+            ("attach", "9", "1009"),
+            ("attach", "9", "not an id"),
             ("hold", "--remote", "nobody"),
             ("verify", "--dry-run"),
             ("prune", "--older-than", "1s"),
@@ -162,7 +172,10 @@ def _planted_folder() -> Iterator[Path]:
 
 
 def plant(engine: Engine) -> None:
-    """Insert the data that commands and metrics show. Job 1 waits, 2 is downloading, 3 has failed."""
+    """Insert the data that commands and metrics show.
+
+    Job 1 waits, 2 is downloading, 3 has failed, 8 is ordered, 9 is uncertain.
+    """
     with engine.begin() as connection:
         first = planted.add_waiting_job(
             connection, "1", reference="an order", eta=12.0, webhook_url="https://shop.test/hook"
@@ -177,6 +190,8 @@ def plant(engine: Engine) -> None:
         planted.add_receiving_job(connection, "5")
         planted.add_claimed_job(connection, "6", planted.DEAD, over=500.0)
         planted.add_waiting_job(connection, "7", account="shop", due=-400.0)
+        add_order(connection, "8", last_error="Failed, Try Again")
+        add_uncertain(connection, "9")
         planted.add_open_breaker(connection, "account", "shop", "key_refused")
         planted.add_open_breaker(connection, "host", "api.test", "unreachable")
         planted.add_breaker(connection, "account", "default", ceiling=4.0, cut_at=planted.now())

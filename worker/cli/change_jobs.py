@@ -250,7 +250,11 @@ def _print_acted(rows: Iterable[ActionResult], request: _Request) -> None:
 
 
 cancel = _command("cancel", "Cancel jobs. Their unstored outputs fail; stored files stay.")
-retry = _command("retry", "Retry failed or expired jobs at once, with a new deadline.")
+retry = _command(
+    "retry",
+    "Retry failed or expired jobs at once, with a new deadline. An uncertain order is sent\n"
+    "    again, and may be paid twice.",
+)
 hold = _command("hold", "Stop polling pending jobs until they are resumed. A held job does not expire.", BREAKER_RULES)
 resume = _command(
     "resume",
