@@ -30,7 +30,7 @@ from worker.store.schema import jobs
 
 PAGED = {
     *("no_worker", "polling_stalled", "account_refused", "no_key", "storage", "no_downloader", "links_ending"),
-    *("webhooks_refused", "wrong_path", "api_unreachable"),
+    *("webhooks_refused", "wrong_path", "api_unreachable", "uncertain_orders"),
 }
 Firing = dict[str, str]  # the severity of each alert that fires, by its name
 

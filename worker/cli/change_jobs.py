@@ -253,7 +253,7 @@ cancel = _command("cancel", "Cancel jobs. Their unstored outputs fail; stored fi
 retry = _command(
     "retry",
     "Retry failed or expired jobs at once, with a new deadline. An uncertain order is sent\n"
-    "    again, and may be paid twice.",
+    "    again, and may be paid twice: it must be named, by its id or with --status uncertain.",
 )
 hold = _command("hold", "Stop polling pending jobs until they are resumed. A held job does not expire.", BREAKER_RULES)
 resume = _command(

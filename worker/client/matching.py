@@ -41,12 +41,18 @@ class ActionResult:
 def changeable(action: Action, job_filter: JobFilter) -> JobFilter:
     """Return the filter, limited to jobs that the action can change.
 
+    Uncertain orders may be paid twice if they are retried, so they must be named, by id or by state.
+
     >>> changeable("retry", JobFilter(accounts=("shop",))).statuses
     ('failed', 'expired')
+    >>> changeable("retry", JobFilter(statuses=("uncertain",))).statuses
+    ('uncertain',)
     """
     states = JOB_ACTIONS[action].states
     if job_filter.statuses:
         states = tuple(state for state in states if state in job_filter.statuses)
+    elif action == "retry" and not job_filter.ids:
+        states = tuple(state for state in states if state != "uncertain")
     if not states:
         return replace(job_filter, ids=(0,))  # matches no job
     if action == "resume" and job_filter.output_codes:  # also jobs that are not held: their downloads are tried at once

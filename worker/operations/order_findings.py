@@ -42,8 +42,8 @@ def why_not_sent(context: JobContext) -> str:
 
 
 def why_uncertain(context: JobContext) -> str:
-    """Return what is known about an order whose answer is lost, and what to do, in two sentences."""
-    return f"{_known(context)}; {_decision(context)}"
+    """Return what is known about an order whose answer is lost, and what can be done, in one sentence."""
+    return f"{_known(context)}; it is not sent again by itself: attach, retry or cancel it"
 
 
 def _waits_for(context: JobContext) -> str:

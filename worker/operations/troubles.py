@@ -333,7 +333,8 @@ def _lost_work(connection: Connection, settings: Settings, evidence: Evidence) -
     claims = lost_claims(connection, settings, now, grace=STALE_SECONDS, dead=dead)
     if claims:
         text = f"{format_count(len(claims), 'row')} claimed, and the process that has the claim is dead or hangs"
-        remedy = for_jobs("resume", (claim.job_id for claim in claims))
+        job_ids = [claim.job_id for claim in claims if claim.what != "order"]  # a sweep releases orders
+        remedy = for_jobs("resume", job_ids) if job_ids else DOCTOR
         yield Trouble("lost_claims", text, remedy, len(claims), claims[0].until)
     if rows:
         text = f"{_jobs(len(rows))} past the deadline and not polled soon"

@@ -13,10 +13,11 @@ from worker.settings import Settings
 from worker.store.breakers import all_breakers
 from worker.store.due_groups import due_groups
 from worker.store.jobs import waiting_accounts
+from worker.store.orders import UNNAMED, accounts_with_orders
 from worker.store.processes import read_processes
 from worker.store.reports.pages import jobs_page
 from worker.store.reports.search import JobFilter
-from worker.store.schema import counters, jobs, paces
+from worker.store.schema import counters, jobs, orders, paces
 
 DEFAULT_ACCOUNT = "default"
 CHOICES_MOST = 200
@@ -50,7 +51,8 @@ def _accounts(connection: Connection) -> set[str]:
     with_breaker = {name for scope, name in all_breakers(connection) if scope == "account"}
     counted = select(counters.c.account).where(counters.c.account != "").distinct()
     served = {name for process in read_processes(connection) for name in process.accounts or ()}
-    return {*with_breaker, *connection.execute(counted).scalars(), *waiting_accounts(connection), *served}
+    waiting = {*waiting_accounts(connection), *accounts_with_orders(connection)}
+    return {*with_breaker, *connection.execute(counted).scalars(), *waiting, *served}
 
 
 def _kinds(connection: Connection) -> set[str]:
@@ -75,6 +77,7 @@ def _unknown_account(connection: Connection, name: str, settings: Settings) -> s
 def _unknown_host(connection: Connection, name: str, settings: Settings) -> str | None:
     known = {*settings.api.hosts, *(host for scope, host in all_breakers(connection) if scope == "host")}
     known |= {group.host for group in due_groups(connection, waiting_accounts(connection))}
+    known |= set(connection.execute(select(orders.c.host).where(orders.c.queue.is_not(None)).distinct()).scalars())
     if name in known:
         return None
     for step, host in enumerate(_hosts_of_jobs(connection)):
@@ -103,7 +106,8 @@ def _accounts_with_jobs(connection: Connection) -> Iterator[str]:
 def _hosts_of_jobs(connection: Connection) -> Iterator[str]:
     """Yield the host of each account and fetch address that jobs have, by jumps through the same index."""
     for account in _accounts_with_jobs(connection):
-        first = select(jobs.c.fetch_base, jobs.c.fetch_host).where(jobs.c.account == account)
+        named = (jobs.c.account == account, ~jobs.c.fetch_base.startswith(UNNAMED))
+        first = select(jobs.c.fetch_base, jobs.c.fetch_host).where(*named)
         first = first.order_by(jobs.c.fetch_base).limit(1)
         row = connection.execute(first).first()
         while row is not None:
