@@ -31,7 +31,7 @@ def add_order(connection: Connection, key: str = "1", *, ago: float = 300.0, **c
         "deadline": 3_600.0,
     }
     own = {name: changes.pop(name) for name in list(changes) if name in values}
-    job_id, _ = insert_order(connection, NewOrder(**(values | own)), now=now() - seconds(ago))
+    job_id = insert_order(connection, NewOrder(**(values | own)), now=now() - seconds(ago))
     if changes:
         connection.execute(update(orders).where(orders.c.id == job_id).values(changes))
     return job_id

@@ -136,5 +136,5 @@ def read_context(
         promise=promise_row(connection, job.id),
         late_look=look_of(connection, job.id),
         order=order,
-        place=queue_place(connection, order) if order is not None and waits_in_queue else None,
+        place=queue_place(connection, order, now=work.now) if order is not None and waits_in_queue else None,
     )

@@ -224,8 +224,8 @@ def busy_slots(connection: Connection, accounts: Collection[str] | None, *, now:
     columns = (orders.c.queue, jobs.c.status, orders.c.claim_holder, orders.c.attempted_at, orders.c.slot_until)
     query = select(*columns).join(jobs, jobs.c.id == orders.c.id).where(orders.c.takes_slot.is_(True))
     query = query.where(orders.c.queue.is_not(None) if accounts is None else orders.c.queue.in_(sorted(accounts)))
-    rows: Sequence[Any] = connection.execute(query).all()
-    return [row for row in rows if not _is_over(row, now)]
+    rows: Sequence[Any] = connection.execute(query.where(*_AT_API), {"now": now}).all()
+    return list(rows)
 
 
 # ── claiming ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -233,13 +233,11 @@ def busy_slots(connection: Connection, accounts: Collection[str] | None, *, now:
 _NOW = bindparam("now", type_=orders.c.due_at.type)
 _IS_OVER = or_(jobs.c.status.not_in((*ORDER_STATES, "pending")), orders.c.slot_until <= _NOW)
 _IN_SLOTS = (orders.c.queue == bindparam("of_account"), orders.c.takes_slot.is_(True))
-_TAKEN = (
-    select(func.count())
-    .select_from(orders)
-    .join(jobs, jobs.c.id == orders.c.id)
-    .where(*_IN_SLOTS, or_(orders.c.slot_until.is_(None), orders.c.slot_until > _NOW))
-    .where(jobs.c.status.in_((*ORDER_STATES, "pending")))
+_AT_API = (
+    or_(orders.c.slot_until.is_(None), orders.c.slot_until > _NOW),
+    jobs.c.status.in_((*ORDER_STATES, "pending")),
 )
+_TAKEN = select(func.count()).select_from(orders).join(jobs, jobs.c.id == orders.c.id).where(*_IN_SLOTS, *_AT_API)
 _OVER = (
     select(orders.c.id)
     .join(jobs, jobs.c.id == orders.c.id)
