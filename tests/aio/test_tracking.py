@@ -2,8 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -15,17 +14,15 @@ from sqlalchemy.ext.asyncio import (
     AsyncSession,
     async_scoped_session,
     async_sessionmaker,
-    create_async_engine,
 )
 from sqlalchemy.orm import Session
 
 import worker
+from tests.aio.engines import app_engine
 from worker import NotTrackable, aio
 from worker.coordination.wakeups import WakeUps
 from worker.store.schema import jobs
 
-DRIVERS = {"postgresql": "postgresql+asyncpg", "sqlite": "sqlite+aiosqlite", "mysql": "mysql+aiomysql"}
-DRIVERS["mariadb"] = DRIVERS["mysql"]
 DUE_NOW: dict[str, Any] = {"submitted_at": datetime.now(UTC) - timedelta(hours=1), "deadline": 86_400}
 
 
@@ -34,16 +31,6 @@ def database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """A migrated database that the Python API uses."""
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
     return engine
-
-
-@asynccontextmanager
-async def app_engine(database: Engine, driver: str | None = None) -> AsyncIterator[AsyncEngine]:
-    """The app's own asynchronous engine for the same database."""
-    engine = create_async_engine(database.url.set(drivername=driver or DRIVERS[database.dialect.name]))
-    try:
-        yield engine
-    finally:
-        await engine.dispose()
 
 
 def _count(engine: Engine) -> int:

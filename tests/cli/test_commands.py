@@ -563,6 +563,20 @@ def test_simulate_prints_polls_and_delays(run: Run, tmp_path: Path) -> None:
     assert "polls_per_job" in run("simulate", "--trace", trace).out
 
 
+def test_simulate_with_slots_also_prints_how_long_orders_waited(run: Run, tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "trace", TRACE)
+
+    few = run("simulate", "--trace", trace, "--slots", "2", "--json").document
+    many = run("simulate", "--trace", trace, "--slots", "400", "--json").document
+    without = run("simulate", "--trace", trace, "--json").document
+
+    assert list(few["waited"]) == ["mean", "p50", "p95", "p99"]
+    assert few["waited"]["mean"] > 60.0
+    assert many == without | {"waited": {"mean": 0.0, "p50": 0.0, "p95": 0.0, "p99": 0.0}}
+    assert "waited p95 (s)" in run("simulate", "--trace", trace, "--slots", "2").out
+    assert "mean wait (s)" in run("simulate", "--trace", trace, "--slots", "2", "--compare").out
+
+
 def test_simulate_uses_price_policy_rate_limit_and_settings(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -618,6 +632,7 @@ def test_simulate_replays_the_jobs_of_the_database(database: Engine, run: Run) -
         (["--trace", "{trace}", "--from-database"], 2, "--trace FILE or --from-database"),
         (["--trace", "{trace}", "--policy", "eta", "--compare"], 2, "both --policy and --compare"),
         (["--trace", "{trace}", "--rps", "0"], 2, "rps"),
+        (["--trace", "{trace}", "--slots", "0"], 2, "slots"),
         (["--trace", "{trace}.none"], 2, "does not exist"),
     ],
 )

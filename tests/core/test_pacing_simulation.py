@@ -96,6 +96,55 @@ def test_urgent_jobs_come_first_when_requests_are_scarce() -> None:
     assert mean(runs["learned"]) < mean(runs["exponential"]) / 2.5
 
 
+def test_given_one_slot_then_each_order_starts_when_the_end_of_the_one_before_is_seen() -> None:
+    trace = [TraceJob(float(number), 6.0) for number in range(5)]
+    result = simulate(trace, Pace("fixed", 0.5, 3.0), deadline_for=hour, slots=1)
+
+    expected, free = [], 0.0
+    for job, delay in zip(trace, result.delays, strict=True):
+        started = max(free, job.submitted)
+        expected.append(started - job.submitted)
+        free = started + 6.0 + delay
+    assert result.waits == pytest.approx(expected)
+
+
+def test_given_enough_slots_then_nothing_waits_and_everything_else_is_the_same() -> None:
+    trace, pace = lognormal(300), Pace("learned", 0.5, 3.0)
+    unlimited, limited = simulate(trace, pace, deadline_for=hour), simulate(trace, pace, deadline_for=hour, slots=300)
+
+    assert unlimited.waits == []
+    assert limited.waits == [0.0] * 300
+    assert (limited.polls, limited.delays) == (unlimited.polls, unlimited.delays)
+
+
+def test_given_few_slots_then_never_more_jobs_are_at_the_api_and_all_of_them_end() -> None:
+    trace = lognormal(400, apart=0.2)
+    result = simulate(trace, Pace("learned", 0.5, 0.0), deadline_for=hour, rps=20.0, slots=5)
+
+    assert len(result.waits) == len(result.delays) == 400
+    busy = sum(job.duration or 0.0 for job in trace) + sum(result.delays)
+    last_start = max(job.submitted + wait for job, wait in zip(trace, result.waits, strict=True))
+    assert busy / 5 <= last_start + 60.0 <= busy / 5 * 1.1 + 60.0
+
+
+def test_a_job_that_never_ends_keeps_its_slot_until_its_deadline() -> None:
+    trace = [TraceJob(0.0, None), TraceJob(0.0, 6.0)]
+    result = simulate(trace, Pace("fixed", 0.5, 3.0), deadline_for=lambda kind: 60.0, slots=1)
+
+    assert 60.0 <= result.waits[1] <= 66.0
+    assert len(result.delays) == 1
+
+
+def test_polls_are_worth_more_while_orders_wait_for_a_slot() -> None:
+    burst = [TraceJob(0.0, job.duration) for job in lognormal(300)]
+    apart = [TraceJob(number * 100.0, job.duration) for number, job in enumerate(lognormal(300))]
+    pace = Pace("learned", 0.5, 0.0)
+
+    waiting, alone = (simulate(trace, pace, deadline_for=hour, slots=2) for trace in (burst, apart))
+
+    assert mean(waiting) < mean(alone) / 2
+
+
 def test_quantiles_use_the_nearest_rank() -> None:
     assert [quantile([1.0, 2.0, 3.0, 4.0], share) for share in (0.0, 0.25, 0.26, 0.5, 0.95, 1.0)] == [1, 1, 2, 2, 4, 4]
     assert quantile([], 0.5) == 0.0

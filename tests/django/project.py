@@ -132,6 +132,46 @@ def first_requests() -> Any:
     return moments
 
 
+def orders() -> Any:
+    """Order in committed and rolled-back transactions, and attach an uncertain order. Return what is left."""
+    call_command("migrate", verbosity=0)
+    woken: list[int] = []
+    workers._workers.wake = lambda settings: woken.append(Job.objects.count())  # type: ignore[method-assign]
+
+    def order(name: str) -> int:
+        return worker.order("v6/images/text2img", {"prompt": name}, reference=name)
+
+    with transaction.atomic():
+        order("committed")
+        try:
+            with transaction.atomic():
+                order("inner")
+                raise Rollback
+        except Rollback:
+            pass
+        with transaction.atomic():
+            nested = order("nested")
+        seen: dict[str, Any] = {"woken inside": list(woken)}
+    seen["woken after the commit"] = sorted(set(woken))
+    try:
+        with transaction.atomic():
+            order("outer")
+            raise Rollback
+    except Rollback:
+        pass
+    seen["left"] = sorted(Job.objects.values_list("reference", "status"))
+    with transaction.atomic():
+        Job.objects.filter(pk=nested).update(status="uncertain")
+        worker.track("12", endpoint="v6/images/text2img")
+        try:
+            worker.attach(nested, "12")
+        except worker.NotTrackable as refused:
+            seen["refused"] = str(refused)[:36]
+        seen["attached"] = worker.attach(nested, "13")
+    seen["jobs"] = sorted(Job.objects.values_list("remote_id", "status"))
+    return seen
+
+
 def refusal() -> str:
     """Return the message of a refused order. It leaves the transaction usable."""
     try:

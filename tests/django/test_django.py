@@ -70,6 +70,18 @@ def test_a_job_is_committed_or_rolled_back_with_atomic_blocks(run: Run, use_tz: 
     }
 
 
+def test_an_order_is_committed_or_rolled_back_with_atomic_blocks(run: Run) -> None:
+    """And a remote id of another job leaves the transaction usable."""
+    assert run("orders") == {
+        "woken inside": [],
+        "woken after the commit": [2],
+        "left": [["committed", "ordered"], ["nested", "ordered"]],
+        "refused": "remote id 12 belongs to another job:",
+        "attached": True,
+        "jobs": [["", "ordered"], ["12", "pending"], ["13", "pending"]],
+    }
+
+
 @pytest.mark.parametrize("empty", ["sqlite", "postgresql"], indirect=True)
 def test_an_error_of_the_database_rolls_back_only_the_call(run: Run) -> None:
     """Not on MariaDB, which commits at each ALTER TABLE, as the scenario needs it."""

@@ -10,18 +10,22 @@ from worker.aio.jobs import get as get
 from worker.aio.jobs import get_output as get_output
 from worker.aio.jobs import open_output as open_output
 from worker.aio.jobs import retry as retry
+from worker.aio.ordering import attach as attach
+from worker.aio.ordering import order as order
 from worker.aio.tracking import track as track
 from worker.aio.tracking import track_many as track_many
 from worker.aio.watching import changes as changes
 from worker.aio.watching import wait as wait
 
 __all__ = [
+    "attach",
     "cancel",
     "changes",
     "find",
     "get",
     "get_output",
     "open_output",
+    "order",
     "retry",
     "track",
     "track_many",

@@ -4,19 +4,17 @@ from collections.abc import Iterable
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
+from worker.aio.sessions import Session, checked_session
 from worker.aio.threads import in_thread
 from worker.client.connection import cached_settings
 from worker.client.job_options import CeleryTask, TrackOptions
 from worker.client.tracking import PlannedJobs, TrackedJob, commit_planned, insert_planned, plan_jobs
-from worker.errors import NotTrackable
 from worker.settings import Settings
 from worker.system.garbage import no_collections
 
 PART = 100  # jobs that are written without giving the event loop a turn: some milliseconds
-
-Session = AsyncSession | AsyncConnection | async_scoped_session[AsyncSession]
 
 
 async def track(
@@ -92,7 +90,7 @@ async def track_many(
     }
     if session is None:
         return await in_thread(_track_at_once, remotes, options)
-    return await _track_in(_checked(session), remotes, options)
+    return await _track_in(checked_session(session, "track"), remotes, options)
 
 
 async def _track_in(
@@ -123,14 +121,3 @@ def _track_at_once(remotes: Iterable[object], options: TrackOptions) -> list[Tra
     settings = cached_settings()
     with no_collections():
         return commit_planned(settings, plan_jobs(settings, remotes, options))
-
-
-def _checked(session: object) -> AsyncSession | AsyncConnection:
-    if isinstance(session, async_scoped_session):
-        session = session()
-    if isinstance(session, (AsyncSession, AsyncConnection)):
-        return session
-    raise NotTrackable(
-        f"session must be an AsyncSession or AsyncConnection, not of type {type(session).__name__}: write"
-        " `await aio.track(…, session=async_session)`, or call `worker.track(…, session=session)`"
-    )

@@ -15,14 +15,17 @@ from worker.client.job_options import checked_account, checked_reference
 from worker.core.humanize import iso_time
 from worker.core.identity import SYNTHETIC_ID, checked_remote_id
 from worker.core.lifecycle import FINAL_STATES, JOB_STATES
-from worker.core.pacing.estimate import Progress, progress
+from worker.core.pacing.estimate import OrderQueue, Progress, progress
 from worker.core.pacing.policy import NOTHING_KNOWN, PacedJob, PaceModel
+from worker.core.slots import SlotLimit
 from worker.errors import NotTrackable, OutputMissing
 from worker.storage.select import storage_of
 from worker.store import jobs as store
 from worker.store.engine import database_now
+from worker.store.orders import QueuePlace, place_of_job
 from worker.store.outputs import output_row
 from worker.store.reports.search import JobFilter, find_jobs
+from worker.store.slots import all_slots
 
 FOUND_MOST = 10_000  # jobs that `find` returns
 BATCH = 500  # jobs whose outputs are read with one query
@@ -52,8 +55,9 @@ class Job:
 
     Two jobs are equal if nothing changed between their reads.
 
-    `not_ready_at` is when the API last answered that the job is not ready. `eta_at` is when the eta arrived, if it came
-    after the submission. `held_at` is when an operator held the job.
+    `remote_id` is "" as long as the API has not named the job: it is ordered or uncertain. `not_ready_at` is when the
+    API last answered that the job is not ready. `eta_at` is when the eta arrived, if it came after the submission.
+    `held_at` is when an operator held the job.
     """
 
     id: int
@@ -93,11 +97,19 @@ class Job:
     def progress(self) -> Progress:
         """Return the progress of the job at `read_at`: the chance that it is ready, and the expected remaining time.
 
-        It is computed from the durations of earlier jobs of this kind. These are read at most twice a minute. Raises
-        Unavailable.
+        It is computed from the durations of earlier jobs of this kind. These are read at most twice a minute. For an
+        order that is not sent yet, the place in the queue of its account is read each time. Raises Unavailable.
         """
         paced_job = PacedJob.at(self.read_at, self)
-        return progress(self.status, paced_job, self._model() if self.status == "pending" else NOTHING_KNOWN)
+        model = self._model() if self.status in ("pending", "ordered") else NOTHING_KNOWN
+        return progress(self.status, paced_job, model, self._order_queue() if self.status == "ordered" else None)
+
+    def _order_queue(self) -> OrderQueue:
+        settings = cached_settings()
+        with transaction(settings) as connection:
+            place = place_of_job(connection, self.id) or QueuePlace(before=0, taken=0)  # none: it is being sent
+            limit = all_slots(connection).get(self.account, SlotLimit(self.account))
+        return OrderQueue(place.before, place.taken, limit.total(settings.slots(self.account)))
 
     def _model(self) -> PaceModel:
         settings = cached_settings()

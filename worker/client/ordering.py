@@ -17,7 +17,7 @@ from worker.client.sessions import TrackingSession
 from worker.client.tracking import CreatedJob, TrackedJob, commit, insert_in_session
 from worker.client.workers import wake
 from worker.core.identity import checked_remote_id
-from worker.errors import NotTrackable, RefusedAddress
+from worker.errors import DatabaseRefused, NotTrackable, RefusedAddress
 from worker.settings import Settings
 from worker.store.audit import record_job_action
 from worker.store.engine import database_now
@@ -78,20 +78,34 @@ def order(
         "deadline": deadline,
     }
     settings = cached_settings()
-    new_order = planned_order(settings, secrets.token_hex(16), endpoint, payload, options)
-    write = partial(_insert, order=new_order)
-    return commit(settings, write) if session is None else insert_in_session(session, settings, write)
+    planned = new_order(settings, endpoint, payload, options)
+    return commit_order(settings, planned) if session is None else insert_order_in(session, settings, planned)
 
 
 def order_once(key: str, endpoint: object, payload: object, options: Mapping[str, Any]) -> TrackedJob:
     """Order a job for a message that may be delivered again. `key` is equal for all deliveries of the message."""
     settings = cached_settings()
-    new_order = planned_order(settings, key, endpoint, payload, options)
-    write = partial(_insert_missing, order=new_order)
+    planned = planned_order(settings, key, endpoint, payload, options)
+    write = partial(_insert_missing, order=planned)
     try:
         return commit(settings, write)
-    except IntegrityError:  # another delivery was faster
+    except DatabaseRefused:  # another delivery was faster, or the order is refused again
         return commit(settings, write)
+
+
+def new_order(settings: Settings, endpoint: object, payload: object, options: Mapping[str, Any]) -> NewOrder:
+    """Check the arguments of one call of `order`, without a database. Raises NotTrackable."""
+    return planned_order(settings, secrets.token_hex(16), endpoint, payload, options)
+
+
+def commit_order(settings: Settings, planned: NewOrder) -> TrackedJob:
+    """Insert an order in a transaction of its own, and wake the workers."""
+    return commit(settings, partial(_insert, order=planned))
+
+
+def insert_order_in(session: TrackingSession | Connection, settings: Settings, planned: NewOrder) -> TrackedJob:
+    """Insert an order in the transaction of a session, and wake the workers after its commit."""
+    return insert_in_session(session, settings, partial(_insert, order=planned), call="order")
 
 
 OPTIONS: Mapping[str, Any] = {

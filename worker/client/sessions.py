@@ -12,7 +12,6 @@ from worker.client.workers import wake
 from worker.errors import NotTrackable
 
 ASYNC_MODULE = "sqlalchemy.ext.asyncio"
-_WITH = "write `with Session(engine) as session, session.begin(): track(…, session=session)`"
 _WAKES = "fetch-worker: this session tracked a job that is due soon"
 
 
@@ -24,26 +23,29 @@ class TrackingSession(Protocol):
         ...
 
 
-def session_connection(session: TrackingSession | Connection) -> Connection:
-    """Return the connection of a session's transaction. Raises NotTrackable; the message shows the line to write."""
+def session_connection(session: TrackingSession | Connection, call: str = "track") -> Connection:
+    """Return the connection of a session's transaction. `call` is the function that was called.
+
+    Raises NotTrackable; the message shows the line to write.
+    """
     if isinstance(session, Connection):
         if session.closed:
-            raise NotTrackable("session is a closed Connection: call track before it is closed")
+            raise NotTrackable(f"session is a closed Connection: call {call} before it is closed")
         return session
     if _is_async(session):
         raise NotTrackable(
-            f"session is of type {type(session).__name__}: write `await worker.aio.track(…, session=session)`"
+            f"session is of type {type(session).__name__}: write `await worker.aio.{call}(…, session=session)`"
         )
     if isinstance(session, type) or not callable(getattr(session, "connection", None)):
-        raise NotTrackable(f"session must be a SQLAlchemy Session or Connection: {_advice(session)}")
+        raise NotTrackable(f"session must be a SQLAlchemy Session or Connection: {_advice(session, call)}")
     try:
         connection = session.connection()
     except UnboundExecutionError:
         raise NotTrackable(
-            "session has no engine of its own: write `track(…, session=session.connection(bind_arguments={…}))`"
+            f"session has no engine of its own: write `{call}(…, session=session.connection(bind_arguments={{…}}))`"
         ) from None
     if not isinstance(connection, Connection):
-        raise NotTrackable(f"session must be a SQLAlchemy Session or Connection: {_advice(session)}")
+        raise NotTrackable(f"session must be a SQLAlchemy Session or Connection: {_advice(session, call)}")
     return connection
 
 
@@ -51,17 +53,18 @@ def _is_async(session: object) -> bool:
     return any(base.__module__.startswith(ASYNC_MODULE) for base in type(session).__mro__)
 
 
-def _advice(session: object) -> str:
+def _advice(session: object, call: str) -> str:
+    in_block = f"write `with Session(engine) as session, session.begin(): {call}(…, session=session)`"
     if isinstance(session, type):
-        return f"this is the class {session.__name__} itself, {_WITH}"
+        return f"this is the class {session.__name__} itself, {in_block}"
     name = type(session).__name__
     if isinstance(getattr(session, "session", None), (Session, scoped_session)):  # Flask-SQLAlchemy's `db`
-        return f"this is of type {name}, write `track(…, session=db.session)`"
+        return f"this is of type {name}, write `{call}(…, session=db.session)`"
     if type(session).__module__.startswith("django."):
-        return f"this is Django's {name}, write `track(…)` without a session, with 'worker.django' in INSTALLED_APPS"
+        return f"this is Django's {name}, write `{call}(…)` without a session, with 'worker.django' in INSTALLED_APPS"
     if callable(session) or hasattr(session, "connect"):
-        return f"this is of type {name}, {_WITH}"
-    advice = "write `track(…, session=session)` with the session of your transaction, or leave it out"
+        return f"this is of type {name}, {in_block}"
+    advice = f"write `{call}(…, session=session)` with the session of your transaction, or leave it out"
     return f"this is of type {name}, {advice}"
 
 

@@ -270,10 +270,17 @@ def commit(settings: Settings, write: Callable[[Connection], tuple[T, bool]]) ->
 
 
 def insert_in_session(
-    session: TrackingSession | Connection, settings: Settings, write: Callable[[Connection], tuple[T, bool]]
+    session: TrackingSession | Connection,
+    settings: Settings,
+    write: Callable[[Connection], tuple[T, bool]],
+    *,
+    call: str = "track",
 ) -> T:
-    """Write in the transaction of a session. If `write` says so, the workers are woken after its commit."""
-    connection = session_connection(session)
+    """Write in the transaction of a session. If `write` says so, the workers are woken after its commit.
+
+    `call` is the function that the app called, for error messages.
+    """
+    connection = session_connection(session, call)
     current_workers().check_database(connection)
     try:
         with translate_errors(connection.engine.url):

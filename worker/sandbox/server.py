@@ -148,6 +148,11 @@ class Sandbox:
         with self._lock:
             return self._behaviour.job(str(job_id), store)
 
+    def newest_job(self) -> SandboxJob | None:
+        """Return the job that was submitted last, if there is any."""
+        with self._lock:
+            return next(iter(self._behaviour.latest(1)), None)
+
     def picture(self, name: str, *, size: int | None = None) -> bytes | None:
         """Return the bytes of an output that is available now, or None."""
         file = self._output(name, size, proxy=True)

@@ -30,13 +30,13 @@ from sqlalchemy import (
 
 from worker.core.identity import FetchAddress
 from worker.core.lifecycle import ORDER_STATES
+from worker.core.pacing.backlog import COUNTED_MOST
 from worker.core.slots import SlotLimit, after_full_use
 from worker.store.schema import MYSQL_FAMILY, jobs, orders, slots
 from worker.store.slots import locked_slots, save_slots
 from worker.store.transitions import ORDER_DONE, ORDER_DUE, SLOT_FREE, clear_end
 
 FREED_MOST = 200  # slots of an account that one claim frees
-COUNTED_MOST = 100  # waiting orders of an account: more make no difference
 UNNAMED = "order:"  # the start of the fetch address of a job that the API has not named yet
 
 
@@ -226,6 +226,14 @@ def busy_slots(connection: Connection, accounts: Collection[str] | None, *, now:
     query = query.where(orders.c.queue.is_not(None) if accounts is None else orders.c.queue.in_(sorted(accounts)))
     rows: Sequence[Any] = connection.execute(query.where(*_AT_API), {"now": now}).all()
     return list(rows)
+
+
+def place_of_job(connection: Connection, job_id: int, *, now: datetime) -> QueuePlace | None:
+    """Return the place of a job's order, without reading its payload. None if the order does not wait to be sent."""
+    columns = (orders.c.id, orders.c.queue, orders.c.order_rank, orders.c.takes_slot)
+    order: Any = connection.execute(select(*columns).where(orders.c.id == job_id)).one_or_none()
+    waits = order is not None and order.queue is not None and not order.takes_slot
+    return queue_place(connection, order, now=now) if waits else None
 
 
 # ── claiming ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -55,6 +55,7 @@ from worker.testing.stand_in import KEY, FetchApi
 
 LEASE = timedelta(days=365)  # longer than any jump of the clock: no other process claims jobs here
 GRACE = timedelta(minutes=10) + PROMISE_PATIENCE  # how long a job may run past its last deadline
+ORDER_GRACE = timedelta(hours=6)  # how much longer an order may wait to be sent: it does not expire
 MAX_STEPS = 20_000
 MAX_STEPS_PER_MOMENT = 1_000
 
@@ -132,7 +133,8 @@ class FetchWorker(Workers):
     def run(self, job_id: int) -> Job:
         """Run until this job is final and return it. Other work that is due in the meantime is done too.
 
-        Raises JobNotFound, and NeverEnds if the job goes on long after its deadline.
+        An uncertain order is returned as well, because it does not go on by itself: call `worker.attach` or
+        `worker.retry`, then run it again. Raises JobNotFound, and NeverEnds if the job goes on long after its deadline.
         """
         with self._lock:
             started_at = self.now
@@ -140,7 +142,7 @@ class FetchWorker(Workers):
                 job = client_jobs.get(job_id)
                 if job is None:
                     raise JobNotFound(f"there is no job {job_id}: was the transaction that tracked it committed?")
-                if job.final:
+                if job.final or job.status == "uncertain":
                     self._finish_due_work()
                     return job
                 self._check_deadline(job, started_at)
@@ -149,7 +151,10 @@ class FetchWorker(Workers):
         raise AssertionError("unreachable")
 
     def run_all(self) -> list[Job]:
-        """Run until all jobs are final, including jobs tracked meanwhile. Return the jobs that it ended, by id."""
+        """Run until all jobs are final, including jobs tracked meanwhile. Return the jobs that it ran, by id.
+
+        Orders that are uncertain, or become so, stay uncertain.
+        """
         ended: set[int] = set()
         with self._lock:
             while waiting := self._unfinished():
@@ -241,6 +246,8 @@ class FetchWorker(Workers):
     def _check_deadline(self, job: Job, started_at: datetime) -> None:
         """Raises NeverEnds if the job should have ended long ago."""
         latest = max(job.deadline_at, started_at)
+        if job.status == "ordered":
+            latest += ORDER_GRACE
         if job.ready_at is not None:
             latest = max(latest, job.ready_at + timedelta(seconds=self.settings.output_deadline))
         if self.now > latest + GRACE:
@@ -252,6 +259,11 @@ class FetchWorker(Workers):
     def _check_stuck(self, job_id: int) -> None:
         """Raises NeverEnds if the job is not final although no work is left. Another thread may have finished it."""
         job = client_jobs.get(job_id)
+        if job is not None and job.status == "uncertain":
+            raise NeverEnds(
+                f"job {job_id} is uncertain: it was sent and its answer is lost, so it does not go on by itself. Call"
+                " worker.attach or worker.retry"
+            )
         if job is not None and not job.final:
             raise NeverEnds(
                 f"job {job_id} is {job.status}, and no work is left that could change it ({self._why(job)})"

@@ -229,6 +229,14 @@ class FetchApi(Sandbox):
         """How many submissions were taken, also those whose answer was lost. Ids made up by the test don't count."""
         return self.charges.charged
 
+    @property
+    def last_id(self) -> str:
+        """The id of the last job that was taken, also if its answer was lost. Raises LookupError if there is none."""
+        job = self.newest_job()
+        if job is None:
+            raise LookupError("the stand-in has taken no order")
+        return job.id
+
     def asked(self, remote_id: str | int) -> int:
         """Return how often the API was asked about a job."""
         return self.calls.fetches[str(remote_id)]
