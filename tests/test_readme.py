@@ -8,24 +8,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import requests
 from sqlalchemy.engine import make_url
 
 from tests.django_site import configure_django
 from tests.docs.manual import README, ROOT, blocks
-from worker import get, track
+from worker import get, order
 from worker.store.engine import make_engine
 from worker.store.migrate import migrate
 from worker.testing import FetchApi, FetchWorker
 
 SHELL = blocks("sh", README)
 NAMES = {
-    "os": os,
     "json": json,
     "asdict": asdict,
-    "requests": requests,
     "get": get,
-    "track": track,
+    "order": order,
     "Annotated": Annotated,
 }
 
@@ -52,7 +49,7 @@ def test_the_first_example_runs_unchanged(tmp_path: Path) -> None:
     environment = os.environ | {"DATABASE_URL": url}
     result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
 
-    assert (result.returncode, result.stdout) == (0, "pending\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, "ordered\n"), result.stderr
 
 
 def _example(title: str, **names: Any) -> dict[str, Any]:
@@ -63,19 +60,19 @@ def _example(title: str, **names: Any) -> dict[str, Any]:
     return namespace
 
 
-def test_the_fastapi_example_tracks_a_job(fetch_api: FetchApi, fetch_worker: FetchWorker) -> None:
+def test_the_fastapi_example_orders_a_picture(fetch_api: FetchApi, fetch_worker: FetchWorker) -> None:
     from fastapi import Body, FastAPI
 
     names = _example("FastAPI", app=FastAPI(), Body=Body)
     job_id = names["submit"]("a lake at dawn")["id"]
-    assert names["picture"](job_id)["phase"] == "waiting"
+    assert names["picture"](job_id)["phase"] == "ordered"
 
     fetch_worker.run(job_id)
 
     assert names["picture"](job_id)["phase"] == "final"
 
 
-def test_the_flask_example_tracks_a_job(fetch_api: FetchApi, fetch_worker: FetchWorker) -> None:
+def test_the_flask_example_orders_a_picture(fetch_api: FetchApi, fetch_worker: FetchWorker) -> None:
     from flask import Flask, request
 
     client = _example("Flask", app=Flask("shop"), request=request)["app"].test_client()
@@ -86,15 +83,15 @@ def test_the_flask_example_tracks_a_job(fetch_api: FetchApi, fetch_worker: Fetch
     assert client.get(f"/pictures/{job_id}").get_json()["phase"] == "final"
 
 
-def test_the_django_example_tracks_a_job(fetch_api: FetchApi, fetch_worker: FetchWorker) -> None:
+def test_the_django_example_orders_a_picture(fetch_api: FetchApi, fetch_worker: FetchWorker) -> None:
     from django.http import JsonResponse
     from django.test import RequestFactory
     from django.urls import path
 
     configure_django()
     names = _example("Django", JsonResponse=JsonResponse, path=path)
-    order = json.dumps({"prompt": "a lake at dawn"})
-    posted = names["submit"](RequestFactory().post("/pictures", order, content_type="application/json"))
+    body = json.dumps({"prompt": "a lake at dawn"})
+    posted = names["submit"](RequestFactory().post("/pictures", body, content_type="application/json"))
     job_id = json.loads(posted.content)["id"]
 
     fetch_worker.run(job_id)

@@ -82,7 +82,7 @@ def test_the_first_example_runs_as_it_stands(database: str, tmp_path: Path) -> N
 def test_the_fastapi_app_takes_a_prompt_to_a_picture(fetch_api: FetchApi, fetch_worker: FetchWorker) -> None:
     names = run(block_with("FastAPI()\n\n\n@app.post", WEB_APPS))
     job_id = names["submit"]("a lake at dawn")["id"]
-    assert names["picture"](job_id)["phase"] == "waiting"
+    assert names["picture"](job_id)["phase"] == "ordered"
 
     fetch_worker.run(job_id)
 
@@ -136,7 +136,8 @@ def test_the_celery_example_runs_as_it_stands(
     with celery_worker(tmp_path, "--queues", "fetch-worker"):
         names = run(block_with("Celery(", WEB_APPS), REDIS_URL=redis_url)
 
-    assert isinstance(names["job_id"], int)
+    assert isinstance(names["order_id"], int)
+    assert names["order_id"] != names["job_id"]
 
 
 def test_stored_outputs_are_read_as_the_manual_says(fetch_api: FetchApi, fetch_worker: FetchWorker) -> None:
@@ -153,7 +154,7 @@ def test_the_hooks_are_mounted_as_the_manual_says(fetch_api: FetchApi, django_re
     """`hook_url` needs WEBHOOK_SECRET, which the test kit sets."""
     page = PAGES["callbacks"]
     names = run(block_with("hook_url", page))
-    assert names["order"]["webhook"].startswith("https://shop.example/api-hook/order-77/")
+    assert names["payload"]["webhook"].startswith("https://shop.example/api-hook/order-77/")
 
     assert run(block_with("app.mount", page))["app"].routes
     flask = run(block_with("register_blueprint", page), __name__="shop")["app"]
@@ -162,7 +163,7 @@ def test_the_hooks_are_mounted_as_the_manual_says(fetch_api: FetchApi, django_re
 
 
 def test_the_tests_of_the_test_kit_run_as_they_stand(tmp_path: Path) -> None:
-    _pytest(tmp_path, block_with("fetch_worker.told", PAGES["test-kit"]), "2 passed")
+    _pytest(tmp_path, block_with("fetch_worker.told", PAGES["test-kit"]), "4 passed")
     _pytest(tmp_path, block_with("def test_a_video", PAGES["test-kit"]), "1 passed")
 
 

@@ -1,8 +1,6 @@
 """A small shop that sells pictures, with plain functions, SQLAlchemy and fetch-worker."""
 
-import json
 import os
-from urllib.request import Request, urlopen
 
 from sqlalchemy import Engine, Integer, String, create_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -29,11 +27,9 @@ def database() -> Engine:
 
 
 def order(session: Session, prompt: str) -> Order:
-    """Order a picture from the API. The order and the job are committed in one transaction."""
-    body = json.dumps({"key": os.environ["SD_API_KEY"], "prompt": prompt}).encode()
-    request = Request(f"{os.environ['SD_API_URL']}/text2img", body, {"Content-Type": "application/json"})  # noqa: S310
-    with urlopen(request, timeout=10) as answer:  # noqa: S310  # the URL comes from the settings
-        job_id = worker.track(json.load(answer), session=session, on_done="shop.picture_ready")
+    """Order a picture. The order of the shop and that at the API are committed in one transaction."""
+    payload = {"prompt": prompt}
+    job_id = worker.order("v6/images/text2img", payload, session=session, on_done="shop.picture_ready")
     order = Order(job_id=job_id)
     session.add(order)
     return order
@@ -42,7 +38,8 @@ def order(session: Session, prompt: str) -> Order:
 def progress(ordered: Order) -> str:
     """Return what the page of the customer shows."""
     job = worker.get(ordered.job_id)
-    return "lost" if job is None else {"pending": "in progress", "completed": "ready"}.get(job.status, job.status)
+    states = {"ordered": "in progress", "pending": "in progress", "completed": "ready"}
+    return "lost" if job is None else states.get(job.status, job.status)
 
 
 def picture(ordered: Order) -> bytes:

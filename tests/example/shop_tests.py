@@ -46,6 +46,7 @@ def test_the_page_shows_that_the_order_is_in_progress(
     fetch_api.ready_after(20)
     order = place_order(session)
 
+    assert shop.progress(order) == "in progress"
     fetch_worker.advance(19)
     assert shop.progress(order) == "in progress"
     fetch_worker.advance(60)
@@ -74,11 +75,38 @@ def test_a_failed_order_is_refunded(session: Session, fetch_worker: FetchWorker,
     assert order.state == "refunded"
 
 
-def test_an_order_that_is_rolled_back_leaves_no_job(session: Session, fetch_worker: FetchWorker) -> None:
+def test_a_refused_order_is_refunded(session: Session, fetch_worker: FetchWorker, fetch_api: FetchApi) -> None:
+    fetch_api.refuses("NSFW content detected")
+    order = place_order(session)
+
+    job = fetch_worker.run(order.job_id)
+
+    assert (job.status, job.error_message) == ("failed", "NSFW content detected")
+    assert fetch_worker.told == [("shop.picture_ready", "celery", order.job_id)]
+    assert fetch_api.charged == 0
+
+
+def test_an_order_whose_answer_is_lost_is_paid_for_once(
+    session: Session, fetch_worker: FetchWorker, fetch_api: FetchApi
+) -> None:
+    fetch_api.loses_the_answer()
+    order = place_order(session)
+
+    assert fetch_worker.run(order.job_id).status == "uncertain"
+    assert worker.attach(order.job_id, fetch_api.last_id)  # as the shop's staff does
+
+    assert fetch_worker.run(order.job_id).status == "completed"
+    assert fetch_api.charged == 1
+
+
+def test_an_order_that_is_rolled_back_is_not_sent(
+    session: Session, fetch_worker: FetchWorker, fetch_api: FetchApi
+) -> None:
     shop.order(session, "a lake at dawn")
     session.rollback()
 
     assert fetch_worker.run_all() == []
+    assert fetch_api.submissions == []
 
 
 @pytest.mark.parametrize("turn", [1, 2])

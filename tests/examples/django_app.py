@@ -2,24 +2,20 @@
 
 import hashlib
 import json
-import logging
 import os
 import secrets
 import sys
 from dataclasses import asdict
 
-import requests
 from django.conf import settings
 from django.core.management import execute_from_command_line
 from django.http import FileResponse, HttpRequest, HttpResponse, JsonResponse
 from django.urls import include, path
 
-from worker import ApiRefused, Job, OutputMissing, WorkerError, get, get_output, open_output, track
+from worker import Job, NotTrackable, OutputMissing, WorkerError, get, get_output, open_output, order
 from worker.client.hooks import hook_url
 
 HOOK = os.environ.get("PUBLIC_URL", "http://127.0.0.1:8000") + "/api-hook"  # the URL at which the API calls the handler
-
-log = logging.getLogger(__name__)
 
 
 def visitor(request: HttpRequest) -> str:
@@ -33,24 +29,19 @@ def error(text: str, status: int) -> JsonResponse:
 
 
 def submit(request: HttpRequest) -> JsonResponse:
-    """Submit a prompt to the API and track its answer."""
+    """Order a picture; the workers send the order."""
     try:
         prompt = json.loads(request.body)["prompt"]
     except (ValueError, KeyError, TypeError):
         return error("The prompt is missing.", 400)
     reference = f"{visitor(request)}-{secrets.token_urlsafe(9)}"
-    order = {"key": os.environ["SD_API_KEY"], "prompt": prompt, "samples": 1, "webhook": hook_url(HOOK, reference)}
+    payload = {"prompt": prompt, "samples": 1, "webhook": hook_url(HOOK, reference)}
     try:
-        response = requests.post(f"{os.environ['SD_API_URL']}/text2img", json=order, timeout=30)
-    except requests.RequestException:
-        return error("The picture service does not answer. Try again.", 502)
-    try:
-        return JsonResponse({"id": track(response, reference=reference)})
-    except ApiRefused as refused:
-        return error(refused.message or "The picture service refused this.", 422)
-    except WorkerError as problem:  # the picture may be paid for: keep the answer, and track it later
-        log.error("not tracked (%s), hand this line to `fetch-worker track -`: %s", problem, response.text)
-        return error("Your picture is on its way, but this page can't show it yet.", 503)
+        return JsonResponse({"id": order("v6/images/text2img", payload, reference=reference)})
+    except NotTrackable:
+        return error("This can't be ordered.", 422)
+    except WorkerError:  # nothing was ordered
+        return error("Pictures can't be ordered now. Try again.", 503)
 
 
 def own_job(request: HttpRequest, job_id: int) -> Job | None:
@@ -65,7 +56,7 @@ def picture(request: HttpRequest, job_id: int) -> JsonResponse:
     if job is None:
         return error("There is no such picture.", 404)
     stored = [output.id for output in job.outputs if output.status == "stored"]
-    return JsonResponse(asdict(job.progress()) | {"status": job.status, "stored": stored})
+    return JsonResponse(asdict(job.progress()) | {"status": job.status, "error": job.error_message, "stored": stored})
 
 
 def output(request: HttpRequest, output_id: int) -> HttpResponse:
@@ -117,6 +108,14 @@ const request = async (path, options) => {
   return answer.json();
 };
 const within = seconds => seconds === null ? "unknown" : `within ${Math.ceil(seconds)} s`;
+const expected = job => `Half of such jobs: ${within(job.median_seconds)}. 90 %: ${within(job.p90_seconds)}.`;
+const texts = {
+  ordered: job => (job.before ? `${job.before} orders are sent first. ` : "") + expected(job),
+  uncertain: () => "The picture service has not confirmed this order. We are looking into it.",
+  waiting: expected,
+  downloading: () => "Ready, downloading.",
+  final: job => job.status === "failed" ? `failed: ${job.error}` : job.status,
+};
 form.onsubmit = async event => {
   event.preventDefault();
   pictures.replaceChildren(); bar.value = 0; bar.hidden = false; message.textContent = "Sent.";
@@ -128,8 +127,7 @@ const show = async prompt => {
   for (let job = {}; job.phase !== "final"; await new Promise(done => setTimeout(done, 400))) {
     job = await request(`/pictures/${id}`);
     bar.value = Math.max(bar.value, job.fraction);  // never moves back
-    message.textContent = job.phase === "waiting" ? `Half of such jobs: ${within(job.median_seconds)}. `
-      + `90 %: ${within(job.p90_seconds)}.` : job.phase === "downloading" ? "Ready, downloading." : job.status;
+    message.textContent = texts[job.phase](job);
     for (const output of job.stored.slice(pictures.childElementCount)) {
       pictures.append(Object.assign(new Image(), {src: `/outputs/${output}`, alt: prompt}));
     }

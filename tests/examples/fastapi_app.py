@@ -1,24 +1,21 @@
 """A web app that generates pictures, with FastAPI: `uvicorn fastapi_app:app`."""
 
 import hashlib
-import logging
 import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Annotated, Any
 
-import requests
 from fastapi import Body, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 
-from worker import ApiRefused, Job, OutputMissing, WorkerError, get, get_output, open_output, track
+from worker import Job, NotTrackable, OutputMissing, WorkerError, get, get_output, open_output, order
 from worker.client.hooks import hook_url
 from worker.client.hooks.fastapi import router
 
 HOOK = os.environ.get("PUBLIC_URL", "http://127.0.0.1:8000") + "/api-hook"  # the URL at which the API calls the handler
 
-log = logging.getLogger(__name__)
 app = FastAPI()
 app.mount("/api-hook", router)  # receives the API's webhook, which makes the next poll earlier
 
@@ -41,20 +38,15 @@ Visitor = Annotated[str, Depends(visitor)]
 
 @app.post("/pictures")
 def submit(prompt: Annotated[str, Body(embed=True)], visitor: Visitor) -> dict[str, int]:
-    """Submit a prompt to the API and track its answer. A plain `def`: FastAPI runs it in a thread."""
+    """Order a picture; the workers send the order. A plain `def`: FastAPI runs it in a thread."""
     reference = f"{visitor}-{secrets.token_urlsafe(9)}"
-    order = {"key": os.environ["SD_API_KEY"], "prompt": prompt, "samples": 1, "webhook": hook_url(HOOK, reference)}
+    payload = {"prompt": prompt, "samples": 1, "webhook": hook_url(HOOK, reference)}
     try:
-        response = requests.post(f"{os.environ['SD_API_URL']}/text2img", json=order, timeout=30)
-    except requests.RequestException:
-        raise HTTPException(502, "The picture service does not answer. Try again.") from None
-    try:
-        return {"id": track(response, reference=reference)}
-    except ApiRefused as refused:
-        raise HTTPException(422, refused.message or "The picture service refused this.") from None
-    except WorkerError as problem:  # the picture may be paid for: keep the answer, and track it later
-        log.error("not tracked (%s), hand this line to `fetch-worker track -`: %s", problem, response.text)
-        raise HTTPException(503, "Your picture is on its way, but this page can't show it yet.") from None
+        return {"id": order("v6/images/text2img", payload, reference=reference)}
+    except NotTrackable:
+        raise HTTPException(422, "This can't be ordered.") from None
+    except WorkerError:  # nothing was ordered
+        raise HTTPException(503, "Pictures can't be ordered now. Try again.") from None
 
 
 def own_job(job_id: int, visitor: str) -> Job:
@@ -70,7 +62,7 @@ def picture(job_id: int, visitor: Visitor) -> dict[str, Any]:
     """Return the progress of a job."""
     job = own_job(job_id, visitor)
     stored = [output.id for output in job.outputs if output.status == "stored"]
-    return asdict(job.progress()) | {"status": job.status, "stored": stored}
+    return asdict(job.progress()) | {"status": job.status, "error": job.error_message, "stored": stored}
 
 
 @app.get("/outputs/{output_id}")
@@ -118,6 +110,14 @@ const request = async (path, options) => {
   return answer.json();
 };
 const within = seconds => seconds === null ? "unknown" : `within ${Math.ceil(seconds)} s`;
+const expected = job => `Half of such jobs: ${within(job.median_seconds)}. 90 %: ${within(job.p90_seconds)}.`;
+const texts = {
+  ordered: job => (job.before ? `${job.before} orders are sent first. ` : "") + expected(job),
+  uncertain: () => "The picture service has not confirmed this order. We are looking into it.",
+  waiting: expected,
+  downloading: () => "Ready, downloading.",
+  final: job => job.status === "failed" ? `failed: ${job.error}` : job.status,
+};
 form.onsubmit = async event => {
   event.preventDefault();
   pictures.replaceChildren(); bar.value = 0; bar.hidden = false; message.textContent = "Sent.";
@@ -129,8 +129,7 @@ const show = async prompt => {
   for (let job = {}; job.phase !== "final"; await new Promise(done => setTimeout(done, 400))) {
     job = await request(`/pictures/${id}`);
     bar.value = Math.max(bar.value, job.fraction);  // never moves back
-    message.textContent = job.phase === "waiting" ? `Half of such jobs: ${within(job.median_seconds)}. `
-      + `90 %: ${within(job.p90_seconds)}.` : job.phase === "downloading" ? "Ready, downloading." : job.status;
+    message.textContent = texts[job.phase](job);
     for (const output of job.stored.slice(pictures.childElementCount)) {
       pictures.append(Object.assign(new Image(), {src: `/outputs/${output}`, alt: prompt}));
     }

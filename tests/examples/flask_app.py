@@ -6,11 +6,10 @@ import secrets
 from dataclasses import asdict
 from typing import Any
 
-import requests
 from flask import Flask, Response, abort, g, request, send_file
 from werkzeug.exceptions import HTTPException
 
-from worker import ApiRefused, Job, OutputMissing, WorkerError, get, get_output, open_output, track
+from worker import Job, NotTrackable, OutputMissing, WorkerError, get, get_output, open_output, order
 from worker.client.hooks import hook_url
 from worker.client.hooks.flask import blueprint
 
@@ -44,21 +43,16 @@ def keep_visitor(response: Response) -> Response:
 
 @app.post("/pictures")
 def submit() -> dict[str, int]:
-    """Submit a prompt to the API and track its answer."""
+    """Order a picture; the workers send the order."""
     prompt = request.get_json().get("prompt") or abort(400, "The prompt is missing.")
     reference = f"{g.visitor}-{secrets.token_urlsafe(9)}"
-    order = {"key": os.environ["SD_API_KEY"], "prompt": prompt, "samples": 1, "webhook": hook_url(HOOK, reference)}
+    payload = {"prompt": prompt, "samples": 1, "webhook": hook_url(HOOK, reference)}
     try:
-        response = requests.post(f"{os.environ['SD_API_URL']}/text2img", json=order, timeout=30)
-    except requests.RequestException:
-        abort(502, "The picture service does not answer. Try again.")
-    try:
-        return {"id": track(response, reference=reference)}
-    except ApiRefused as refused:
-        abort(422, refused.message or "The picture service refused this.")
-    except WorkerError as problem:  # the picture may be paid for: keep the answer, and track it later
-        app.logger.error("not tracked (%s), hand this line to `fetch-worker track -`: %s", problem, response.text)
-        abort(503, "Your picture is on its way, but this page can't show it yet.")
+        return {"id": order("v6/images/text2img", payload, reference=reference)}
+    except NotTrackable:
+        abort(422, "This can't be ordered.")
+    except WorkerError:  # nothing was ordered
+        abort(503, "Pictures can't be ordered now. Try again.")
 
 
 def own_job(job_id: int) -> Job:
@@ -74,7 +68,7 @@ def picture(job_id: int) -> dict[str, Any]:
     """Return the progress of a job."""
     job = own_job(job_id)
     stored = [output.id for output in job.outputs if output.status == "stored"]
-    return asdict(job.progress()) | {"status": job.status, "stored": stored}
+    return asdict(job.progress()) | {"status": job.status, "error": job.error_message, "stored": stored}
 
 
 @app.get("/outputs/<int:output_id>")
@@ -117,6 +111,14 @@ const request = async (path, options) => {
   return answer.json();
 };
 const within = seconds => seconds === null ? "unknown" : `within ${Math.ceil(seconds)} s`;
+const expected = job => `Half of such jobs: ${within(job.median_seconds)}. 90 %: ${within(job.p90_seconds)}.`;
+const texts = {
+  ordered: job => (job.before ? `${job.before} orders are sent first. ` : "") + expected(job),
+  uncertain: () => "The picture service has not confirmed this order. We are looking into it.",
+  waiting: expected,
+  downloading: () => "Ready, downloading.",
+  final: job => job.status === "failed" ? `failed: ${job.error}` : job.status,
+};
 form.onsubmit = async event => {
   event.preventDefault();
   pictures.replaceChildren(); bar.value = 0; bar.hidden = false; message.textContent = "Sent.";
@@ -128,8 +130,7 @@ const show = async prompt => {
   for (let job = {}; job.phase !== "final"; await new Promise(done => setTimeout(done, 400))) {
     job = await request(`/pictures/${id}`);
     bar.value = Math.max(bar.value, job.fraction);  // never moves back
-    message.textContent = job.phase === "waiting" ? `Half of such jobs: ${within(job.median_seconds)}. `
-      + `90 %: ${within(job.p90_seconds)}.` : job.phase === "downloading" ? "Ready, downloading." : job.status;
+    message.textContent = texts[job.phase](job);
     for (const output of job.stored.slice(pictures.childElementCount)) {
       pictures.append(Object.assign(new Image(), {src: `/outputs/${output}`, alt: prompt}));
     }

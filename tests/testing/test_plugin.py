@@ -14,7 +14,7 @@ pytestmark = pytest.mark.every_python
 ROOT = Path(__file__).parents[2]
 ENTRY = ROOT / "worker" / "testing" / "entry"
 EXAMPLE = ROOT / "tests" / "example"
-TESTS = 8
+TESTS = 10
 
 # Records every connection that the process makes, and whether the environment changed between first and last test.
 WITNESS = """
