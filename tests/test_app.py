@@ -40,21 +40,24 @@ def app() -> Celery:
     return app
 
 
-def test_only_track_and_get_keep_a_result_and_only_track_and_nudge_are_acknowledged_late(app: Celery) -> None:
+def test_tasks_that_answer_keep_a_result_and_messages_that_are_no_hints_are_acknowledged_late(app: Celery) -> None:
     tasks = {name: task for name, task in app.tasks.items() if name.startswith("worker.")}
     assert set(tasks) == {
+        "worker.order",
         "worker.track",
         "worker.get",
         "worker.nudge",
         "worker.cancel",
         "worker.retry",
+        "worker.submit",
         "worker.poll",
         "worker.sweep",
         "worker.download",
         "worker.prune",
     }
-    assert {name for name, task in tasks.items() if not task.ignore_result} == {"worker.track", "worker.get"}
-    assert {name for name, task in tasks.items() if task.acks_late} == {"worker.track", "worker.nudge"}
+    with_result = {name for name, task in tasks.items() if not task.ignore_result}
+    assert with_result == {"worker.order", "worker.track", "worker.get"}
+    assert {name for name, task in tasks.items() if task.acks_late} == {"worker.order", "worker.track", "worker.nudge"}
 
 
 def test_the_queues_belong_to_fetch_worker_only(app: Celery) -> None:

@@ -31,6 +31,7 @@ from worker.store.schema import events, jobs
 NOWHERE = "redis://127.0.0.1:1/0"  # a closed port
 ANSWER = '{"status": "success", "id": 77, "output": ["https://cdn.test/a.png"]}'
 UNREAD = '{"status": "done", "assets": ["https://cdn.test/a.png"]}'
+PAYLOAD = '{"prompt": "a lake"}'
 TRACE = '{"t": 0, "duration": 5, "kind": "image", "eta": null}\n{"t": 1, "duration": null, "kind": "image", "eta": 3}\n'
 
 
@@ -39,7 +40,7 @@ def command_documents() -> Iterator[tuple[str, Any]]:
     with _planted_folder() as folder:
         (folder / "answer.json").write_text(ANSWER)
         (folder / "trace.jsonl").write_text(TRACE)
-        (folder / "order.json").write_text('{"prompt": "a lake"}')
+        (folder / "order.json").write_text(PAYLOAD)
         for arguments in (
             ("track", "1001", "1002"),
             ("list",),
@@ -71,6 +72,9 @@ def command_documents() -> Iterator[tuple[str, Any]]:
             ("move-storage", "--yes"),
             ("copy-database", "sqlite:///copy.db", "--force"),
             ("unread", "--apply"),
+            ("simulate", "--trace", "trace.jsonl", "--slots", "1"),
+            ("order", "v6/images/text2img", "order.json"),
+            ("attach", "1", "77"),
         ):
             yield " ".join(arguments), json.loads(run(*arguments, "--json")[1])
 
@@ -78,6 +82,7 @@ def command_documents() -> Iterator[tuple[str, Any]]:
 def exit_codes() -> Iterator[tuple[Sequence[str], int]]:
     """Yield commands with their exit codes: for success, failure and wrong usage."""
     with _planted_folder() as folder:
+        (folder / "order.json").write_text(PAYLOAD)
         (folder / "refused.json").write_text('{"status": "error", "message": "Invalid API Key"}')
         for arguments in (
             ("--version",),
@@ -111,6 +116,11 @@ def exit_codes() -> Iterator[tuple[Sequence[str], int]]:
             ("parse", "refused.json", "--submit"),
             ("parse", "missing.json"),
             ("simulate", "--trace", "missing.jsonl"),
+            ("order", "v6/images/text2img", "order.json"),
+            ("order", "v6/images/fetch/1", "order.json"),
+            ("order", "v6/images/text2img", "refused.json", "--priority", "9999"),
+            ("order",),
+            ("attach", "1", "77"),
             ("nonsense",),
             ("list", "--status", "nonsense"),
         ):

@@ -52,9 +52,11 @@ IMPORTS = (
     "worker.tasks:cancel",
     "worker.tasks:download",
     "worker.tasks:nudge",
+    "worker.tasks:order",
     "worker.tasks:poll",
     "worker.tasks:prune",
     "worker.tasks:retry",
+    "worker.tasks:submit",
     "worker.tasks:sweep",
     "worker.tasks:track",
 )

@@ -32,7 +32,7 @@ def order(endpoint: str, file: Any, as_json: bool, **options: Any) -> int:
     """
     try:
         payload = json.loads(file.read())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise NotTrackable('the payload is not JSON: write an object such as {"prompt": "a lake"}') from None
     tracked = ordering.order(endpoint, payload, **options)
     job = get(tracked)
