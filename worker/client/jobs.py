@@ -107,7 +107,9 @@ class Job:
     def _order_queue(self) -> OrderQueue:
         settings = cached_settings()
         with transaction(settings) as connection:
-            place = place_of_job(connection, self.id) or QueuePlace(before=0, taken=0)  # none: it is being sent
+            place = place_of_job(connection, self.id, now=self.read_at) or QueuePlace(
+                before=0, taken=0
+            )  # none: it is being sent
             limit = all_slots(connection).get(self.account, SlotLimit(self.account))
         return OrderQueue(place.before, place.taken, limit.total(settings.slots(self.account)))
 
