@@ -22,7 +22,7 @@ from worker.errors import NotTrackable, OutputMissing
 from worker.storage.select import storage_of
 from worker.store import jobs as store
 from worker.store.engine import database_now
-from worker.store.orders import QueuePlace, place_of_job
+from worker.store.orders import place_of_job
 from worker.store.outputs import output_row
 from worker.store.reports.search import JobFilter, find_jobs
 from worker.store.slots import all_slots
@@ -107,11 +107,10 @@ class Job:
     def _order_queue(self) -> OrderQueue:
         settings = cached_settings()
         with transaction(settings) as connection:
-            place = place_of_job(connection, self.id, now=self.read_at) or QueuePlace(
-                before=0, taken=0
-            )  # none: it is being sent
+            place = place_of_job(connection, self.id, now=self.read_at)
             limit = all_slots(connection).get(self.account, SlotLimit(self.account))
-        return OrderQueue(place.before, place.taken, limit.total(settings.slots(self.account)))
+        total = limit.total(settings.slots(self.account))
+        return OrderQueue(0, 0, total) if place is None else OrderQueue(place.before, place.taken, total)
 
     def _model(self) -> PaceModel:
         settings = cached_settings()

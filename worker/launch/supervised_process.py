@@ -39,7 +39,7 @@ class Timing:
     longest_restart: float = 30.0
     reset_after: float = 60.0
     min_uptime: float = 2.0
-    stop_seconds: float = 25.0
+    stop_seconds: float = 110.0  # an order may be answered only when its picture is ready
     refusal_seconds: float = 10.0
 
     def restart_delay(self, failures: int) -> float:

@@ -45,7 +45,7 @@ CLOCK_MOST = 1 << 53
 ETA_SECONDS = 30.0  # half of the time after which Redis redelivers a message
 TRACK_ETA_SECONDS = 86_400.0
 TRACK = "worker.track"
-AT_ONCE = frozenset({TRACK, "worker.nudge"})  # tasks that may run before their ETA
+AT_ONCE = frozenset({TRACK, "worker.order", "worker.nudge"})  # tasks that may run before their ETA
 ENCODINGS = frozenset({"", "utf-8", "utf8", "us-ascii", "ascii", "binary"})
 EMBED = frozenset({"callbacks", "errbacks", "chain", "chord"})
 # Names that would overwrite attributes or methods that Celery sets on `task.request`.
