@@ -120,7 +120,7 @@ class OrderMachine(RuleBasedStateMachine):
                 holder=holder,
                 lease=LEASE,
                 now=self.now,
-            ).orders
+            )
         for claimed_order in claimed:
             expected = self.model[claimed_order.id]
             assert expected.state == "ordered"

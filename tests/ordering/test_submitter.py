@@ -282,7 +282,7 @@ def test_given_an_account_that_the_api_refuses_when_orders_wait_then_only_a_prob
 
 def _claim(sending: Sending, *, seconds: float = 30.0) -> ClaimedOrder:
     with sending.engine.begin() as connection:
-        claim = claim_orders(
+        claimed = claim_orders(
             connection,
             "default",
             configured_slots=None,
@@ -292,7 +292,7 @@ def _claim(sending: Sending, *, seconds: float = 30.0) -> ClaimedOrder:
             lease=timedelta(seconds=seconds),
             now=database_now(connection),
         )
-    (order,) = claim.orders
+    (order,) = claimed
     return order
 
 

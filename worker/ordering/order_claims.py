@@ -1,6 +1,7 @@
 """The orders that can be sent now, and the transactions that claim and release them."""
 
 import logging
+import math
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -14,31 +15,40 @@ from worker.coordination.leases import LeaseKeeper
 from worker.core import circuit_breaker
 from worker.core.circuit_breaker import CircuitBreaker, Scope
 from worker.core.pacing.backlog import OrderBacklog
+from worker.core.slots import SlotLimit
 from worker.ordering.options import OrderOptions
 from worker.polling.breaker_updates import Breakers
 from worker.store.breakers import all_breakers, locked_breaker, save_breaker
 from worker.store.engine import database_now
-from worker.store.orders import ClaimedOrder, claim_orders, has_orders, release_unsent, waiting_orders
+from worker.store.orders import (
+    ClaimedOrder,
+    claim_orders,
+    grow_slots,
+    has_orders,
+    release_unsent,
+    taken_by_account,
+    waiting_orders,
+)
+from worker.store.slots import all_slots
 
 log = logging.getLogger(__name__)
 
 PROBE_MARGIN = timedelta(seconds=5)  # beyond the request's time-out: to write the answer before another process probes
-FULL_SECONDS = 1.0  # until the next look at the slots of an account that were all taken, unless one may be free
+GROW_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class OrderView:
-    """The waiting orders of each account, and the circuit breakers, as they were read at `read_at`.
+    """The waiting orders and the free slots of each account, and the circuit breakers, as they were read at `read_at`.
 
-    `read_at` is by the monotonic clock, `now` is the database's time at that moment. `full` has the accounts whose
-    slots are all taken.
+    `read_at` is by the monotonic clock, `now` is the database's time at that moment. Orders on held hosts don't count.
     """
 
     read_at: float
     now: datetime
-    waiting: Mapping[str, int]
     breakers: Breakers
-    full: frozenset[str]
+    waiting: Mapping[str, int]
+    free: Mapping[str, int]
 
     def time(self) -> datetime:
         """Return the database's current time."""
@@ -50,11 +60,11 @@ class OrderView:
 
     @property
     def sendable(self) -> list[str]:
-        """The accounts whose orders may be sent, as far as slots and circuit breakers of accounts are known."""
+        """The accounts whose orders may be sent: their circuit breaker allows it, and a slot is free."""
         return [
             account
             for account in self.waiting
-            if account not in self.full and self.breaker("account", account).allows(self.time()) != "none"
+            if self.free[account] and self.breaker("account", account).allows(self.time()) != "none"
         ]
 
     def rate(self, account: str, configured: float) -> float:
@@ -63,12 +73,13 @@ class OrderView:
 
     def hosts(self, allowed: str) -> list[str]:
         """Return the hosts whose circuit breakers allow this: `probe` or `none`."""
-        now = self.time()
-        return [
-            name
-            for (scope, name), breaker in self.breakers.items()
-            if scope == "host" and breaker.allows(now) == allowed
-        ]
+        return hosts_that_allow(self.breakers, allowed, self.time())
+
+
+def hosts_that_allow(breakers: Breakers, allowed: str, now: datetime) -> list[str]:
+    """Return the hosts whose circuit breakers allow this: `probe` or `none`."""
+    hosts = {name: breaker for (scope, name), breaker in breakers.items() if scope == "host"}
+    return [name for name, breaker in hosts.items() if breaker.allows(now) == allowed]
 
 
 class Claimed(NamedTuple):
@@ -79,7 +90,7 @@ class Claimed(NamedTuple):
 
 
 class OrderClaims:
-    """Claims and releases orders of one process. Not thread-safe, apart from `slots_may_be_free`."""
+    """Claims and releases orders of one process. Not thread-safe, apart from `view`."""
 
     def __init__(
         self, engine: Engine, leases: LeaseKeeper, options: OrderOptions, backlog: OrderBacklog, rng: random.Random
@@ -90,30 +101,42 @@ class OrderClaims:
         self._backlog = backlog
         self._rng = rng
         self._probe_lease = timedelta(seconds=options.timeout) + PROBE_MARGIN
-        self._full: dict[str, float] = {}  # until when the slots of an account count as taken, by the monotonic clock
+        self._grown_at: dict[str, float] = {}  # when the slots of an account were last asked to grow
         self._unreleased: list[ClaimedOrder] = []
         self.breakers: Breakers = {}
-
-    def slots_may_be_free(self) -> None:
-        """Look at the slots of all accounts again. May be called from any thread."""
-        self._full = {}
 
     def view(self) -> OrderView:
         """Read what waits. Without orders this is a single short query."""
         with self._engine.connect() as connection:
-            waiting: dict[str, int] = {}
-            now = datetime.now(UTC)
-            if has_orders(connection):
-                now = database_now(connection)
-                waiting = waiting_orders(connection, self._options.keys, now=now)
-            self.breakers = all_breakers(connection) if waiting else {}
+            if not has_orders(connection):
+                self._note_backlog({}, {})
+                return OrderView(time.monotonic(), datetime.now(UTC), {}, {}, {})
+            now = database_now(connection)
+            self.breakers = all_breakers(connection)
+            held = hosts_that_allow(self.breakers, "none", now)
+            waiting = waiting_orders(connection, self._options.keys, held_hosts=held, now=now)
+            taken = taken_by_account(connection, now=now) if waiting else {}
+            limits = all_slots(connection) if waiting else {}
+        totals = {name: limits.get(name, SlotLimit(name)) for name in waiting}
+        free = {name: limit.free(self._options.slots(name), taken.get(name, 0), now) for name, limit in totals.items()}
+        self._note_backlog(waiting, {name: limit.total(self._options.slots(name)) for name, limit in totals.items()})
+        accounts = self._rng.sample(sorted(waiting), len(waiting))  # not always the same account first
+        in_turn = {account: waiting[account] for account in accounts}
+        return OrderView(time.monotonic(), now, self.breakers, in_turn, free)
+
+    def _note_backlog(self, waiting: Mapping[str, int], slots: Mapping[str, int]) -> None:
         for account in self._backlog.accounts - waiting.keys():
             self._backlog.set(account, 0, 1)
-        accounts = self._rng.sample(sorted(waiting), len(waiting))  # not always the same account first
-        full = frozenset(account for account, until in self._full.items() if time.monotonic() < until)
-        return OrderView(
-            time.monotonic(), now, {account: waiting[account] for account in accounts}, self.breakers, full
-        )
+        for account, count in waiting.items():
+            self._backlog.set(account, count, slots[account])
+
+    def grow_full_slots(self, view: OrderView) -> None:
+        """Let the slots of accounts grow whose slots are all taken while orders wait. Each is asked once a minute."""
+        for account, free in view.free.items():
+            if not free and time.monotonic() > self._grown_at.get(account, -math.inf) + GROW_SECONDS:
+                self._grown_at[account] = time.monotonic()
+                with self._engine.begin() as connection:
+                    grow_slots(connection, account, self._options.slots(account), now=database_now(connection))
 
     def claim(self, account: str, view: OrderView, *, limit: int) -> Claimed:
         """Claim up to `limit` orders of an account, or one as a probe of the circuit breakers that ask for one."""
@@ -127,7 +150,7 @@ class OrderClaims:
             now = database_now(connection)
             if probes_account and locked_breaker(connection, "account", account).allows(now) != "probe":
                 return Claimed()
-            claim = claim_orders(
+            orders = claim_orders(
                 connection,
                 account,
                 configured_slots=self._options.slots(account),
@@ -138,10 +161,10 @@ class OrderClaims:
                 now=now,
                 held_hosts=[*view.hosts("none"), *probed_hosts],
             )
-            if not claim.orders and probed_hosts:
+            if not orders and probed_hosts:
                 host = self._rng.choice(probed_hosts)
                 if locked_breaker(connection, "host", host).allows(now) == "probe":
-                    claim = claim_orders(
+                    orders = claim_orders(
                         connection,
                         account,
                         configured_slots=self._options.slots(account),
@@ -152,15 +175,12 @@ class OrderClaims:
                         now=now,
                         only_hosts=[host],
                     )
-                    if claim.orders:
+                    if orders:
                         self._start_probe(connection, "host", host, now)
-            if claim.orders and probes_account:
+            if orders and probes_account:
                 self._start_probe(connection, "account", account, now)
-        if claim.taken >= claim.total or not claim.orders:
-            self._full[account] = time.monotonic() + FULL_SECONDS
-        self._backlog.set(account, view.waiting[account] - len(claim.orders), claim.total)
-        probe = probes_account or any(order.host in probed_hosts for order in claim.orders)
-        return Claimed(claim.orders, probe)
+        probe = probes_account or any(order.host in probed_hosts for order in orders)
+        return Claimed(orders, probe)
 
     def _start_probe(self, connection: Connection, scope: Scope, name: str, now: datetime) -> None:
         breaker = locked_breaker(connection, scope, name)

@@ -96,7 +96,6 @@ class Submitter:
     def wake(self) -> None:
         """Look for orders at once. May be called from any thread."""
         self._alert_until = time.monotonic() + ALERT_SECONDS
-        self._claims.slots_may_be_free()
         self._woken.set()
         self._requests.wake()
 
@@ -127,7 +126,6 @@ class Submitter:
         """Send the orders that can be sent now and record the answers. For callers that control the clock."""
         report = SubmitReport()
         with self._lock:
-            self._claims.slots_may_be_free()
             self._start(self._claims.view())
             while self.busy:
                 self._record(IDLE_SECONDS, report)
@@ -159,6 +157,7 @@ class Submitter:
             if not over and now >= (min(look_at, looked_at + LOOK_SECONDS) if now < self._alert_until else look_at):
                 view = self._claims.view()
                 started = self._start(view)
+                self._claims.grow_full_slots(view)
                 looked_at, look_at = now, now + (LOOK_SECONDS if started else IDLE_SECONDS)
                 if started or view.waiting:
                     idle_until = now + IDLE_SECONDS
@@ -240,7 +239,6 @@ class Submitter:
         self._claims.release_now()
         if self._recorder.unwritten:
             self._recorder.write(self._claims.breakers, count_accepted(self._budget, answers))
-            self._claims.slots_may_be_free()
 
 
 class _Attempt(NamedTuple):

@@ -31,7 +31,7 @@ from sqlalchemy import (
 from worker.core.identity import FetchAddress
 from worker.core.lifecycle import ORDER_STATES
 from worker.core.pacing.backlog import COUNTED_MOST
-from worker.core.slots import SlotLimit, after_full_use
+from worker.core.slots import after_full_use
 from worker.store.schema import MYSQL_FAMILY, jobs, orders, slots
 from worker.store.slots import locked_slots, save_slots
 from worker.store.transitions import ORDER_DONE, ORDER_DUE, SLOT_FREE, clear_end
@@ -156,17 +156,24 @@ def has_orders(connection: Connection) -> bool:
     return connection.execute(query).scalar() is not None
 
 
-def waiting_orders(connection: Connection, accounts: Collection[str], *, now: datetime) -> dict[str, int]:
-    """Return how many orders of each account are due, up to `COUNTED_MOST`. Accounts without any are left out."""
+def waiting_orders(
+    connection: Connection, accounts: Collection[str], *, held_hosts: Collection[str], now: datetime
+) -> dict[str, int]:
+    """Return how many orders of each account are due, up to `COUNTED_MOST`. Accounts without any are left out.
+
+    Orders on `held_hosts` don't count.
+    """
     if not accounts:
         return {}
-    counts = connection.execute(_waiting_query(tuple(sorted(accounts)), now))
+    counts = connection.execute(_waiting_query(tuple(sorted(accounts)), held_hosts, now))
     return {row.account: row.waiting for row in counts if row.waiting}
 
 
-def _waiting_query(accounts: Sequence[str], now: datetime) -> Any:
+def _waiting_query(accounts: Sequence[str], held_hosts: Collection[str], now: datetime) -> Any:
+    conditions = (orders.c.due_at <= now, *([orders.c.host.not_in(sorted(held_hosts))] if held_hosts else []))
+
     def waiting(account: str) -> Select[Any]:
-        due = select(orders.c.id).where(*_waits(account), orders.c.due_at <= now).limit(COUNTED_MOST).subquery()
+        due = select(orders.c.id).where(*_waits(account), *conditions).limit(COUNTED_MOST).subquery()
         count = select(func.count()).select_from(due).scalar_subquery()
         return select(literal(account).label("account"), count.label("waiting"))
 
@@ -236,6 +243,13 @@ def place_of_job(connection: Connection, job_id: int, *, now: datetime) -> Queue
     return queue_place(connection, order, now=now) if waits else None
 
 
+def taken_by_account(connection: Connection, *, now: datetime) -> dict[str, int]:
+    """Return how many slots of each account are taken."""
+    taken = select(orders.c.queue, func.count().label("taken")).join(jobs, jobs.c.id == orders.c.id)
+    taken = taken.where(orders.c.queue.is_not(None), orders.c.takes_slot.is_(True), *_AT_API).group_by(orders.c.queue)
+    return {row.queue: row.taken for row in connection.execute(taken, {"now": now})}
+
+
 # ── claiming ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _NOW = bindparam("now", type_=orders.c.due_at.type)
@@ -278,15 +292,6 @@ _CLAIMED = select(
 ).join(jobs, jobs.c.id == orders.c.id)
 
 
-class OrderClaim(NamedTuple):
-    """The claimed orders of an account, its limit, and how many slots are taken now, with the claimed orders."""
-
-    orders: list[ClaimedOrder]
-    limit: SlotLimit
-    taken: int
-    total: int
-
-
 def claim_orders(
     connection: Connection,
     account: str,
@@ -299,21 +304,15 @@ def claim_orders(
     now: datetime,
     held_hosts: Collection[str] = (),
     only_hosts: Collection[str] | None = None,
-) -> OrderClaim:
+) -> list[ClaimedOrder]:
     """Claim up to `limit` due orders of an account, as far as it has free slots: highest priority first, then oldest.
 
     Orders on `held_hosts` are skipped. With `only_hosts`, only orders on these hosts are claimed.
     """
     slot_limit = locked_slots(connection, account)
-    taken = _count_taken(connection, account, now)
-    total = slot_limit.total(configured_slots)
-    most = min(limit, slot_limit.free(configured_slots, taken, now))
+    most = min(limit, slot_limit.free(configured_slots, _count_taken(connection, account, now), now))
     if most < 1:
-        if taken >= total:
-            grown = after_full_use(slot_limit, configured_slots, now)
-            if grown != slot_limit:
-                save_slots(connection, grown)
-        return OrderClaim([], slot_limit, taken, total)
+        return []
     values = {
         "of_account": account,
         "now": now,
@@ -324,7 +323,7 @@ def claim_orders(
     }
     ids = list(connection.execute(_NEXT, values).scalars())
     if not ids:
-        return OrderClaim([], slot_limit, taken, total)
+        return []
     claim_values = {
         "due_at": now + lease,
         "claim_token": token,
@@ -335,8 +334,7 @@ def claim_orders(
     }
     connection.execute(update(orders).where(orders.c.id.in_(ids)).values(claim_values))
     rows = {row.id: row for row in connection.execute(_CLAIMED.where(orders.c.id.in_(ids)))}
-    claimed = [_claimed_order(rows[job_id], account, token) for job_id in ids if job_id in rows]
-    return OrderClaim(claimed, slot_limit, taken + len(claimed), total)
+    return [_claimed_order(rows[job_id], account, token) for job_id in ids if job_id in rows]
 
 
 def _claimed_order(row: Any, account: str, token: str) -> ClaimedOrder:
@@ -361,6 +359,14 @@ def _count_taken(connection: Connection, account: str, now: datetime) -> int:
     if over:
         connection.execute(update(orders).where(orders.c.id.in_(over)).values(SLOT_FREE))
     return int(connection.execute(_TAKEN, values).scalar_one())
+
+
+def grow_slots(connection: Connection, account: str, configured: int | None, *, now: datetime) -> None:
+    """Let the learned number of slots grow, if all were used for long. The caller saw that all are taken now."""
+    limit = locked_slots(connection, account)
+    grown = after_full_use(limit, configured, now)
+    if grown != limit:
+        save_slots(connection, grown)
 
 
 def taken_slots(connection: Connection, account: str, *, now: datetime, without: int) -> int:
