@@ -25,6 +25,7 @@ from worker.store.orders import (
     claim_orders,
     grow_slots,
     has_orders,
+    leave_queue,
     release_unsent,
     taken_by_account,
     waiting_orders,
@@ -34,7 +35,7 @@ from worker.store.slots import all_slots
 log = logging.getLogger(__name__)
 
 PROBE_MARGIN = timedelta(seconds=5)  # beyond the request's time-out: to write the answer before another process probes
-GROW_SECONDS = 60.0
+TIDY_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ class OrderClaims:
         self._backlog = backlog
         self._rng = rng
         self._probe_lease = timedelta(seconds=options.timeout) + PROBE_MARGIN
-        self._grown_at: dict[str, float] = {}  # when the slots of an account were last asked to grow
+        self._tidied_at: dict[str, float] = {}  # by account
         self._unreleased: list[ClaimedOrder] = []
         self.breakers: Breakers = {}
 
@@ -130,13 +131,18 @@ class OrderClaims:
         for account, count in waiting.items():
             self._backlog.set(account, count, slots[account])
 
-    def grow_full_slots(self, view: OrderView) -> None:
-        """Let the slots of accounts grow whose slots are all taken while orders wait. Each is asked once a minute."""
-        for account, free in view.free.items():
-            if not free and time.monotonic() > self._grown_at.get(account, -math.inf) + GROW_SECONDS:
-                self._grown_at[account] = time.monotonic()
-                with self._engine.begin() as connection:
-                    grow_slots(connection, account, self._options.slots(account), now=database_now(connection))
+    def tidy(self, view: OrderView) -> None:
+        """From time to time, shorten the queues of these accounts, and let slots grow that are all taken for long."""
+        due = [name for name in view.waiting if time.monotonic() > self._tidied_at.get(name, -math.inf) + TIDY_SECONDS]
+        if not due:
+            return
+        self._tidied_at.update(dict.fromkeys(due, time.monotonic()))
+        with self._engine.begin() as connection:
+            now = database_now(connection)
+            leave_queue(connection, due, now=now)
+            for account in due:
+                if not view.free[account]:
+                    grow_slots(connection, account, self._options.slots(account), now=now)
 
     def claim(self, account: str, view: OrderView, *, limit: int) -> Claimed:
         """Claim up to `limit` orders of an account, or one as a probe of the circuit breakers that ask for one."""

@@ -118,7 +118,7 @@ class OrderRecorder:
         while self._answers:
             batch = self._answers[:MAX_BATCH]
             try:
-                self._write_batch(batch, breakers, accepted_rates, alone=len(batch) == 1)
+                self._write_batch(batch, breakers, accepted_rates, alone=False)
             except IntegrityError:  # the API gave the id of another job: each answer is written alone
                 for answer in batch:
                     self._write_batch([answer], breakers, accepted_rates, alone=True)

@@ -157,7 +157,7 @@ class Submitter:
             if not over and now >= (min(look_at, looked_at + LOOK_SECONDS) if now < self._alert_until else look_at):
                 view = self._claims.view()
                 started = self._start(view)
-                self._claims.grow_full_slots(view)
+                self._claims.tidy(view)
                 looked_at, look_at = now, now + (LOOK_SECONDS if started else IDLE_SECONDS)
                 if started or view.waiting:
                     idle_until = now + IDLE_SECONDS

@@ -36,7 +36,7 @@ from worker.store.schema import MYSQL_FAMILY, jobs, orders, slots
 from worker.store.slots import locked_slots, save_slots
 from worker.store.transitions import ORDER_DONE, ORDER_DUE, SLOT_FREE, clear_end
 
-FREED_MOST = 200  # slots of an account that one claim frees
+FREED_MOST = 1_000  # orders of an account that leave its queue at once
 UNNAMED = "order:"  # the start of the fetch address of a job that the API has not named yet
 
 
@@ -310,7 +310,8 @@ def claim_orders(
     Orders on `held_hosts` are skipped. With `only_hosts`, only orders on these hosts are claimed.
     """
     slot_limit = locked_slots(connection, account)
-    most = min(limit, slot_limit.free(configured_slots, _count_taken(connection, account, now), now))
+    taken = int(connection.execute(_TAKEN, {"of_account": account, "now": now}).scalar_one())
+    most = min(limit, slot_limit.free(configured_slots, taken, now))
     if most < 1:
         return []
     values = {
@@ -352,13 +353,15 @@ def _claimed_order(row: Any, account: str, token: str) -> ClaimedOrder:
     )
 
 
-def _count_taken(connection: Connection, account: str, now: datetime) -> int:
-    """Return how many slots of an account are taken, and free those of jobs that the API does not work on any more."""
-    values = {"of_account": account, "now": now}
-    over = list(connection.execute(_OVER, values).scalars())
-    if over:
-        connection.execute(update(orders).where(orders.c.id.in_(over)).values(SLOT_FREE))
-    return int(connection.execute(_TAKEN, values).scalar_one())
+def leave_queue(connection: Connection, accounts: Collection[str], *, now: datetime) -> None:
+    """Take orders out of the queues of these accounts whose jobs the API does not work on any more.
+
+    They take no slot since then. It is done from time to time, so that the queues stay short.
+    """
+    for account in sorted(accounts):
+        over = list(connection.execute(_OVER, {"of_account": account, "now": now}).scalars())
+        if over:
+            connection.execute(update(orders).where(orders.c.id.in_(over)).values(SLOT_FREE))
 
 
 def grow_slots(connection: Connection, account: str, configured: int | None, *, now: datetime) -> None:
