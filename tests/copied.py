@@ -30,6 +30,7 @@ from worker.store.schema import (
 
 CLAIM = {"claim_token": "token", "claim_holder": "holder"}
 MOMENT = datetime(2026, 2, 28, 23, 59, 59, 999_999, UTC)
+LATER = datetime(2126, 2, 28, tzinfo=UTC)
 TEXT = "ünï©ode 🎨 \u202eRTL\u202c 'quotes' \"double\" back\\slash\\n % %s %(x)s :name ? {} \t tab\r\nline  "
 LONG_TEXT = "x" * 70_000 + "ü🎨" * 200_000  # more than TEXT of MariaDB takes
 BYTES = bytes(range(256)) * 20_000
@@ -72,7 +73,7 @@ def plant_rows(engine: Engine) -> None:
             ],
             orders: [
                 _order(10, queue="default", due_at=NOW),
-                _order(11, queue="default", takes_slot=True, attempt_token="t", due_at=MOMENT, **CLAIM),
+                _order(11, queue="default", takes_slot=True, attempt_token="t", due_at=LATER, **CLAIM),
                 _order(12, payload=f'{{"prompt":"{LONG_TEXT}"}}', last_error=TEXT),
             ],
             slots: [{"account": "Ä", "slots": 5, "refused_at": MOMENT, "paused_at_taken": 3}],

@@ -15,6 +15,7 @@ from sqlalchemy import Engine, insert, update
 
 from tests.command_line import Run, command_runner
 from tests.rows import NOW, add_downloading, add_job, add_output, add_process
+from worker.core.lifecycle import JOB_STATES
 from worker.core.pacing.policy import PacedJob
 from worker.polling.duration_learner import DurationLearner
 from worker.store.schema import breakers, jobs
@@ -331,17 +332,11 @@ def test_status_shows_jobs_and_accounts(database: Engine, run: Run, monkeypatch:
     }
     assert document["kinds"] == []
     assert document["outputs"] == {"unstored": 0, "oldest_seconds": 0.0, "trouble": {}, "storage": None}
-    assert document["jobs"] == {
-        "pending": 1,
-        "downloading": 0,
-        "completed": 0,
-        "failed": 0,
-        "expired": 0,
-        "cancelled": 1,
-    }
+    assert document["jobs"] == dict.fromkeys(JOB_STATES, 0) | {"pending": 1, "cancelled": 1}
     accounts = {row["account"]: row for row in document["accounts"]}
     assert set(accounts) == {"default", "shop", "held"}
-    assert accounts["shop"] == {"account": "shop", "hold": None, "rps": 7.0}
+    no_orders = {"ordered": 0, "uncertain": 0, "slots": {"taken": 0, "total": 5}}
+    assert accounts["shop"] == {"account": "shop", "hold": None, "rps": 7.0, **no_orders}
     assert accounts["default"]["hold"]["reason"] == "no key for account default"
     assert accounts["held"]["hold"] == {
         "reason": "key: refused",

@@ -44,10 +44,10 @@ def test_list_and_find_have_the_states_of_orders_and_no_remote_id(database: Engi
         add_at_api(connection, "3")
 
     (listed,) = run("list", "--status", "ordered")
-    (found,) = worker.find(status="ordered")
+    (job,) = worker.find(status="ordered")
 
     assert (listed["id"], listed["remote_id"], listed["status"]) == (waiting, None, "ordered")
-    assert (found.id, found.as_json()["remote_id"]) == (waiting, None)
+    assert (job.id, job.as_json()["remote_id"]) == (waiting, None)
     assert [job.id for job in worker.find(status=("uncertain", "ordered"))] == [lost, waiting]
     assert [job["id"] for job in run("list", "--reference", "order-1")] == [waiting]
 

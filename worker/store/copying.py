@@ -61,8 +61,10 @@ def release_claims(table: Table, rows: Sequence[Values], *, now: datetime) -> No
     for row in rows:
         if row["claim_holder"] is None and row["claim_token"] is None:
             continue
-        if table is not orders:
-            row.update(NO_CLAIM)
+        if table is orders:
+            row["due_at"] = min(row["due_at"], now)
+            continue
+        row.update(NO_CLAIM)
         if row["due_at"] is not None and row["due_at"] < HELD_UNTIL:
             row["due_at"] = now
 
