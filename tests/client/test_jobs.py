@@ -161,7 +161,7 @@ def test_find_returns_the_newest_jobs_that_match_with_their_outputs(database: En
         ({"limit": 0}, "limit must be a whole number from 1 to 10,000, not 0"),
         ({"limit": "5"}, "limit must be a whole number"),
         ({"limit": True}, "limit must be a whole number"),
-        ({"status": "done"}, "'done' is not a state of a job: use pending, "),
+        ({"status": "done"}, "'done' is not a state of a job: use ordered, "),
         ({"status": [5]}, "is not a state of a job"),
         ({"account": "a b"}, "is not a valid account name"),
         ({"reference": ["a"]}, "reference must be text"),
