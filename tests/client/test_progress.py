@@ -17,7 +17,9 @@ from worker.client.connection import cached_settings
 from worker.core.pacing.policy import PacedJob
 from worker.polling.duration_learner import DurationLearner
 from worker.store.engine import engine_for
-from worker.store.schema import jobs
+from worker.store.schema import jobs, orders
+
+HOUR = timedelta(hours=1)
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +88,8 @@ def test_progress_uses_the_durations_of_the_kind_and_the_age_of_the_job(database
 def test_progress_of_an_unknown_kind_is_uncertain_and_json_compatible(database: Engine) -> None:
     progress = existing_job(worker.track("1")).progress()
 
-    assert asdict(progress).keys() == {"chance", "median_seconds", "p90_seconds", "phase", "fraction"}
+    assert asdict(progress).keys() == {"chance", "median_seconds", "p90_seconds", "phase", "fraction", "before"}
+    assert progress.before is None
     assert progress.median_seconds is not None
     assert progress.p90_seconds is not None
     assert progress.p90_seconds > 5 * progress.median_seconds
@@ -128,3 +131,76 @@ def test_progress_is_computed_for_the_time_of_reading_by_the_database_clock(data
 
     assert abs((job.read_at - job.submitted_at).total_seconds()) < 5.0
     assert job.progress() == job.progress()
+
+
+# ── orders ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def ordered(number: int, **options: Any) -> int:
+    """Order a job whose kind is `picture`."""
+    return worker.order("v6/images/text2img", {"prompt": str(number)}, kind="picture", **options)
+
+
+def test_progress_of_an_order_is_its_place_in_the_queue_and_the_time_of_its_kind(
+    database: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SD_API_SLOTS", '{"shop": 2}')
+    teach(database, kind="picture", seconds=10.0)
+    ids = [ordered(number) for number in range(12)]
+    urgent = ordered(12, priority=5)
+    in_shop = [ordered(number, account="shop") for number in range(3)]
+
+    first, last, best = (existing_job(job_id).progress() for job_id in (ids[0], ids[-1], urgent))
+
+    assert [(estimate.phase, estimate.fraction, estimate.chance) for estimate in (first, last, best)] == [
+        ("ordered", 0.0, 0.0)
+    ] * 3
+    assert (first.before, last.before, best.before) == (1, 12, 0)
+    assert first.median_seconds == best.median_seconds == pytest.approx(10.0, abs=2.0)
+    assert last.median_seconds == pytest.approx(8 * 10.0 / 5 + 10.0, abs=4.0)  # 5 slots are free: 8 must end first
+    assert (last.p90_seconds or 0.0) > (last.median_seconds or 0.0)
+    assert [existing_job(job_id).progress().before for job_id in in_shop] == [0, 1, 2]
+
+
+def test_progress_of_an_order_counts_the_slots_that_are_taken(database: Engine) -> None:
+    teach(database, kind="picture", seconds=10.0)
+    ids = [ordered(number) for number in range(6)]
+    with database.begin() as connection:
+        connection.execute(update(orders).where(orders.c.id.in_(ids[:5])).values(takes_slot=True, due_at=None))
+
+    waiting, being_sent = existing_job(ids[5]).progress(), existing_job(ids[0]).progress()
+
+    assert waiting.before == 0
+    assert waiting.median_seconds == pytest.approx(10.0 / 5 + 10.0, abs=3.0)
+    assert being_sent.before == 0
+
+
+def test_progress_of_an_order_does_not_shrink_while_it_waits(database: Engine) -> None:
+    """The time of its kind begins when it is sent, not when it was ordered."""
+    teach(database, kind="picture", seconds=10.0)
+    job_id = ordered(1)
+    before = existing_job(job_id).progress()
+    with database.begin() as connection:
+        long_ago = datetime.now(UTC) - timedelta(days=2)
+        connection.execute(
+            update(jobs).where(jobs.c.id == job_id).values(submitted_at=long_ago, deadline_at=long_ago + HOUR)
+        )
+
+    assert existing_job(job_id).progress() == before
+
+
+def test_progress_of_an_uncertain_order_is_unknown(database: Engine) -> None:
+    job_id = ordered(1)
+    with database.begin() as connection:
+        connection.execute(update(jobs).where(jobs.c.id == job_id).values(status="uncertain"))
+
+    progress = existing_job(job_id).progress()
+
+    assert asdict(progress) == {
+        "chance": 0.0,
+        "median_seconds": None,
+        "p90_seconds": None,
+        "phase": "uncertain",
+        "fraction": 0.0,
+        "before": None,
+    }
