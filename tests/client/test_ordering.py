@@ -129,6 +129,12 @@ def test_unusual_payloads_are_taken_without_a_key(database: Engine, payload: dic
     assert stored == {name: value for name, value in payload.items() if name != "key"}
 
 
+def test_a_prompt_may_contain_the_key_of_a_test_environment(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SD_API_KEY", "lake")
+
+    assert json.loads(_order(database, order(ENDPOINT, PAYLOAD)).payload) == PAYLOAD
+
+
 def test_a_payload_of_the_greatest_size_is_taken(database: Engine) -> None:
     payload = {"image": "x" * (MAX_PAYLOAD - len('{"image":""}'))}
 
