@@ -13,7 +13,7 @@ from worker.coordination.leases import LeaseKeeper
 from worker.coordination.publisher import Publisher
 from worker.coordination.rate_limiter import RateLimiter, redis_client
 from worker.coordination.sent_requests import SentRequests, old_files, processes_with_files, remove_files
-from worker.coordination.wakeups import listen
+from worker.coordination.wakeups import WakeUps, listen
 from worker.core.pacing.backlog import OrderBacklog
 from worker.core.queues import DOWNLOADS, POLLS
 from worker.downloads.downloader import Downloader
@@ -114,7 +114,7 @@ class ProcessResources:
                     self.publisher.send("downloads", lambda: queue_downloads(ids)) if ids else None
                 ),
                 notify=lambda ids: self.publisher.send("on_done", lambda: self.notify(ids)) if ids else None,
-                slots_freed=lambda: self.submitter.wake(),
+                slots_freed=self._slots_freed,
             ),
             backlog=self.backlog,
         )
@@ -122,6 +122,17 @@ class ProcessResources:
         if self.stopping.is_set():
             poller.stop()
         return poller
+
+    def _slots_freed(self) -> None:
+        """Look for orders at once. In a prefork pool, another process may be the one that sends them."""
+        self.submitter.wake()
+        if not self.ticks:
+            self.wake_ups.send()
+
+    @locked_property
+    def wake_ups(self) -> WakeUps:
+        """Wakes all worker processes."""
+        return WakeUps(settings.redis)
 
     def _wake(self) -> None:
         """Look for due jobs and orders at once."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from worker.store.migrate import migrate as migrate
     from worker.testing.inline import FetchWorker as FetchWorker
-    from worker.testing.inline import KitError as KitError
     from worker.testing.inline import NeverEnds as NeverEnds
     from worker.testing.inline import Sent as Sent
     from worker.testing.inline import Told as Told
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from worker.testing.kit_setup import kit as kit
     from worker.testing.stand_in import Answers as Answers
     from worker.testing.stand_in import FetchApi as FetchApi
+    from worker.testing.works import KitError as KitError
 
 _HOME = {
     "Answers": "worker.testing.stand_in",
@@ -25,7 +25,7 @@ _HOME = {
     "FetchWorker": "worker.testing.inline",
     "Sent": "worker.testing.inline",
     "Kit": "worker.testing.kit_setup",
-    "KitError": "worker.testing.inline",
+    "KitError": "worker.testing.works",
     "NeverEnds": "worker.testing.inline",
     "Told": "worker.testing.inline",
     "kit": "worker.testing.kit_setup",

@@ -4,17 +4,13 @@ There is no broker, no second process and no real waiting. When nothing is due, 
 `worker.wait` drives the worker too, so the app's own code runs unchanged.
 """
 
-import random
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import datetime, timedelta
-from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from pydantic import SecretStr
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import OperationalError
 
@@ -22,46 +18,27 @@ from worker.client import jobs as client_jobs
 from worker.client.jobs import Job
 from worker.client.workers import Workers
 from worker.configuration.server_urls import same_database
-from worker.coordination.leases import LeaseKeeper
-from worker.coordination.rate_limiter import RateLimiter, Reservation
 from worker.core.lifecycle import PROMISE_PATIENCE
-from worker.core.pacing.backlog import OrderBacklog
 from worker.core.webhook import headers, with_addresses
-from worker.downloads.downloader import Downloader
-from worker.downloads.options import download_options
-from worker.errors import JobNotFound, WorkerError
-from worker.net.address_guard import Guard, guarded_adapter
-from worker.net.pooled_adapter import PooledAdapter
+from worker.errors import JobNotFound
 from worker.notify.on_done import notify
 from worker.notify.webhooks import BATCH
 from worker.operations.explain import why
 from worker.operations.job_context import read_context
-from worker.ordering.options import AfterRecording, order_options
-from worker.ordering.order_client import OrderClient
-from worker.ordering.submitter import Submitter
-from worker.polling.api_client import MAX_ANSWER_BYTES, ApiClient
-from worker.polling.options import AfterCommit, PollOptions
-from worker.polling.poller import Poller
 from worker.settings import Settings
-from worker.storage.select import public_addresses, storage_for
-from worker.store.due_work import due_outputs, next_download, next_request, unfinished_jobs, waiting_jobs
+from worker.storage.select import public_addresses
+from worker.store.due_work import unfinished_jobs
 from worker.store.engine import database_now, error_kind
 from worker.store.events import claim_events, create_events, record_delivery
 from worker.store.jobs import job_row, outputs_of
-from worker.store.orders import accounts_with_orders, next_order
-from worker.system.redaction import Scrubber, shared_scrubber
 from worker.testing.clock import Clock
-from worker.testing.stand_in import KEY, FetchApi
+from worker.testing.stand_in import FetchApi
+from worker.testing.works import LEASE, DownloadWork, KitError, OrderWork, PollWork, Work, adapters
 
-LEASE = timedelta(days=365)  # longer than any jump of the clock: no other process claims jobs here
 GRACE = timedelta(minutes=10) + PROMISE_PATIENCE  # how long a job may run past its last deadline
 ORDER_GRACE = timedelta(hours=6)  # how much longer an order may wait to be sent: it does not expire
 MAX_STEPS = 20_000
 MAX_STEPS_PER_MOMENT = 1_000
-
-
-class KitError(WorkerError):
-    """The test kit cannot continue. The message says what to do."""
 
 
 class NeverEnds(KitError):
@@ -84,18 +61,6 @@ class Sent(NamedTuple):
     body: str
 
 
-class Work(Protocol):
-    """One kind of work that worker processes do."""
-
-    def do(self) -> bool:
-        """Do what is due now. Return whether there was anything to do."""
-        ...
-
-    def next(self, after: datetime) -> datetime | None:
-        """Return when the next work is due, or None if there is none."""
-        return None
-
-
 class FetchWorker(Workers):
     """In-process worker that runs tracked jobs to a final state. Thread-safe.
 
@@ -115,12 +80,12 @@ class FetchWorker(Workers):
         self._clock = clock
         self._lock = threading.RLock()
         self._waited_since: dict[int, datetime] = {}
-        self._polls = _PollWork(engine, settings, api)
-        self._orders = _OrderWork(engine, settings)
+        self._polls = PollWork(engine, settings, api)
+        self._orders = OrderWork(engine, settings)
         self.works: list[Work] = [
             self._orders,
             self._polls,
-            _DownloadWork(engine, settings),
+            DownloadWork(engine, settings),
             _OnDoneWork(self),
             _WebhookWork(self),
         ]
@@ -177,7 +142,7 @@ class FetchWorker(Workers):
         """Close the HTTP connections and end the threads."""
         self._polls.close()
         self._orders.close()
-        for adapter in _adapters():
+        for adapter in adapters():
             adapter.close()
 
     # ── the `Workers` interface, used by `worker.wait` and `worker.nudge` ─────────────────────────────────────────────
@@ -283,122 +248,6 @@ class FetchWorker(Workers):
             return unfinished_jobs(connection)
 
 
-class _PollWork(Work):
-    """The work of `worker.poll`, one request at a time, so that the order of requests is the same in every run."""
-
-    def __init__(self, engine: Engine, settings: Settings, api: FetchApi) -> None:
-        self._engine = engine
-        self._api = api
-        self._keys: dict[str, SecretStr] = {}
-        self._poller = Poller(
-            engine=engine,
-            api=ApiClient(
-                settings.api,
-                _scrubber(settings),
-                timeout=settings.sd_api_timeout,
-                connections=1,
-                adapter=_adapters()[0],
-                status_words=settings.status_words,
-            ),
-            budget=_NoRateLimit(),
-            leases=_Leases(engine, lease=LEASE),
-            options=PollOptions(
-                keys=self._keys,
-                rps=settings.rps,
-                pace=settings.pace,
-                api_timeout=settings.sd_api_timeout,
-                threads=1,
-            ),
-            after_commit=AfterCommit(queue_downloads=_do_nothing, notify=_do_nothing),
-            rng=random.Random(0),  # the same poll times in every run of a test
-        )
-
-    def do(self) -> bool:
-        with self._engine.connect() as connection:
-            now = database_now(connection)
-            jobs = waiting_jobs(connection)
-        if all(job.due_at > now for job in jobs):
-            return False
-        self._api.expect((job.remote_id, job.submitted_at) for job in jobs)
-        self._keys.update({job.account: SecretStr(KEY) for job in jobs})  # every account in a test has a key
-        polled = self._poller.poll_once().asked
-        if self._poller.unwritten:
-            raise KitError("an open transaction of your test locks a job's row: commit it or roll it back first")
-        return polled > 0
-
-    def next(self, after: datetime) -> datetime | None:
-        with self._engine.connect() as connection:
-            return next_request(connection, after=after)
-
-    def close(self) -> None:
-        """End its thread."""
-        self._poller.close()
-
-
-class _OrderWork(Work):
-    """The work of `worker.submit`, one request at a time."""
-
-    def __init__(self, engine: Engine, settings: Settings) -> None:
-        self._engine = engine
-        self._keys: dict[str, SecretStr] = {}
-        options = replace(order_options(settings), keys=self._keys, threads=1)
-        self._submitter = Submitter(
-            engine=engine,
-            client=OrderClient(options, _scrubber(settings), _adapters()[0]),
-            budget=_NoRateLimit(),
-            leases=_Leases(engine, lease=LEASE),
-            options=options,
-            backlog=OrderBacklog(),
-            after=AfterRecording(poll=lambda: None, queue_downloads=_do_nothing, notify=_do_nothing),
-            rng=random.Random(0),
-        )
-
-    def do(self) -> bool:
-        with self._engine.connect() as connection:
-            accounts = accounts_with_orders(connection)
-        if not accounts:
-            return False
-        self._keys.update({account: SecretStr(KEY) for account in accounts})  # every account in a test has a key
-        return self._submitter.submit_once().sent > 0
-
-    def next(self, after: datetime) -> datetime | None:
-        with self._engine.connect() as connection:
-            return next_order(connection, after=after)
-
-    def close(self) -> None:
-        """End its thread."""
-        self._submitter.close()
-
-
-class _DownloadWork(Work):
-    """The work of `worker.download`."""
-
-    def __init__(self, engine: Engine, settings: Settings) -> None:
-        self._engine = engine
-        self._downloader = Downloader(
-            engine=engine,
-            leases=_Leases(engine, lease=LEASE),
-            storage=storage_for(settings),
-            guard=Guard(settings.allowed_networks),
-            adapter=_adapters()[1],
-            scrubber=_scrubber(settings),
-            options=download_options(settings),
-            notify=_do_nothing,
-            pause=_do_nothing,
-        )
-
-    def do(self) -> bool:
-        with self._engine.connect() as connection:
-            due = due_outputs(connection, now=database_now(connection))
-        for output_id in due:
-            self._downloader.run(output_id)
-        return bool(due)
-
-    def next(self, after: datetime) -> datetime | None:
-        with self._engine.connect() as connection:
-            return next_download(connection, after=after)
-
-
 class _OnDoneWork(Work):
     """Collect `on_done` calls, and run their tasks if a Celery app is set."""
 
@@ -446,46 +295,6 @@ def _run_task(app: Any, call: Told) -> None:
         names = ", ".join(sorted(name for name in app.tasks if not name.startswith("celery."))) or "none"
         raise KitError(f"on_done names {call.task!r}, which is not a task of your Celery app. Its tasks: {names}")
     task.apply((call.job_id,), throw=True)
-
-
-class _Leases(LeaseKeeper):
-    """Leases without renewal, and so without a thread."""
-
-    def hold(self) -> None:
-        """Do nothing: no lease ends while a test runs."""
-
-    drop = hold
-
-
-class _NoRateLimit(RateLimiter):
-    """A rate limiter without a limit. Answers of the API that refuse a request still hold the account."""
-
-    def __init__(self) -> None:
-        pass
-
-    def take(self, account: str, requests: int, *, rate: float) -> Reservation:
-        return Reservation((0.0,) * requests, 0.0, account)
-
-    def give_back(self, reservation: Reservation, unused: int) -> None:
-        pass
-
-    def count_accepted(self, account: str, requests: int) -> float:
-        return float(requests)
-
-
-@cache
-def _adapters() -> tuple[PooledAdapter, PooledAdapter]:
-    """Return the adapters for the API and for downloads. Made once per process: loading CA certificates is slow."""
-    loopback = Settings(output_allowed_networks="127.0.0.0/8").allowed_networks
-    return PooledAdapter(limit=MAX_ANSWER_BYTES, connections=1), guarded_adapter(Guard(loopback), connections=1)
-
-
-def _scrubber(settings: Settings) -> Scrubber:
-    return shared_scrubber(settings.secret_texts)
-
-
-def _do_nothing(_: object) -> None:
-    """Replaces sending a message, and waiting, in a worker process."""
 
 
 @contextmanager

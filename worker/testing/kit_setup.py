@@ -20,8 +20,9 @@ from worker.settings import DOTENV_SWITCH, Settings, load
 from worker.store.engine import check_schema, make_engine, use_clock, use_engine
 from worker.store.migrate import migrate
 from worker.testing.clock import Clock
-from worker.testing.inline import FetchWorker, KitError
+from worker.testing.inline import FetchWorker
 from worker.testing.stand_in import KEY, FetchApi
+from worker.testing.works import KitError
 
 LOCK_TIMEOUT_MS = 2_000  # how long to wait for an open transaction of the test
 SECRET = "whsec_" + "dGVzdCBraXQg" * 4  # used if the app's tests set no secret; nothing is posted
