@@ -1,11 +1,12 @@
 """Orders are sent once, within their slots, and what an answer says about them is recorded. On every database."""
 
 import threading
+import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
 import pytest
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, insert, select, update
 
 from tests.ordering.sending import KEY, Sending, answer_next_order, last_remote_id, lose_next_answer, refuse_next
 from worker.core.order_reply import OrderTaken
@@ -113,6 +114,31 @@ def test_given_two_processes_when_both_send_at_once_then_each_order_is_charged_o
 
     assert sorted(first.states()) == ["ordered"] * 15 + ["pending"] * 5
     assert (sandbox.charges.charged, sandbox.charges.refused, sandbox.charges.double) == (5, 0, 0)
+
+
+@pytest.mark.long
+def test_given_an_account_with_ten_thousand_orders_when_another_one_orders_then_it_is_sent_at_once(
+    make_sending: Callable[..., Sending], sandbox: Sandbox
+) -> None:
+    sending = make_sending(configured_slots=5)
+    sandbox.options_now(slots=0)
+    first = sending.order("the first", account="shop")
+    ids = range(1_000_000, 1_010_000)
+    with sending.engine.begin() as connection:
+        job = connection.execute(select(*jobs.c).where(jobs.c.id == first)).one()
+        order = connection.execute(select(*orders.c).where(orders.c.id == first)).one()
+        job_values = dict(zip(jobs.c.keys(), job, strict=True))
+        order_values = dict(zip(orders.c.keys(), order, strict=True))
+        connection.execute(insert(jobs), [{**job_values, "id": id_, "fetch_base": f"order:{id_}"} for id_ in ids])
+        connection.execute(insert(orders), [{**order_values, "id": id_, "order_key": str(id_)} for id_ in ids])
+    sending.submit()
+
+    job_id = sending.order("the other account's")
+    began = time.monotonic()
+    sending.submit()
+
+    assert sending.job(job_id).status == "pending"
+    assert time.monotonic() - began < 1.0
 
 
 @pytest.mark.parametrize(
@@ -275,6 +301,22 @@ def test_given_an_account_that_the_api_refuses_when_orders_wait_then_only_a_prob
     with sending.engine.connect() as connection:
         reason = connection.execute(select(breakers.c.reason).where(breakers.c.scope == "account")).scalar_one()
     assert reason.startswith(held)
+
+
+def test_given_an_endpoint_that_is_not_allowed_any_more_when_its_order_is_claimed_then_it_waits_and_holds_nobody(
+    sending: Sending, sandbox: Sandbox
+) -> None:
+    waiting, other = sending.order("a lake"), sending.order("a hill")
+    with sending.engine.begin() as connection:
+        elsewhere = {"endpoint": "https://elsewhere.test/api/v6/images/text2img"}
+        connection.execute(update(orders).where(orders.c.id == waiting).values(**elsewhere))
+
+    sending.submit()
+
+    assert (sending.job(waiting).status, sending.job(other).status) == ("ordered", "pending")
+    assert "not on SD_API_HOSTS" in sending.row(waiting).last_error
+    with sending.engine.connect() as connection:
+        assert not connection.execute(select(breakers.c.name).where(breakers.c.reason.is_not(None))).all()
 
 
 # ── lost senders ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,7 +9,6 @@ from pydantic import SecretStr
 from urllib3.exceptions import HTTPError
 
 from worker.core.order_reply import AnswerLost, OrderNotSent, OrderReply
-from worker.errors import NotTrackable
 from worker.net.deadlines import TimeLimit
 from worker.net.network_errors import describe
 from worker.net.pooled_adapter import NothingSent, PooledAdapter
@@ -37,15 +36,12 @@ class OrderClient:
         return order_target(order.endpoint, self._options.api)
 
     def send(self, order: ClaimedOrder, key: SecretStr, permit: Callable[[], object]) -> OrderReply:
-        """Send an order with the key in its body, and return what the answer means.
+        """Send an order with the key in its body, and return what the answer means. Raises the errors of `target`.
 
         `permit` is called when the connection is open, right before the first byte. Its exceptions are raised here, and
         nothing is sent then.
         """
-        try:
-            target = self.target(order)
-        except NotTrackable as refused:  # the settings have changed since the order was made
-            return OrderNotSent(f"the endpoint is refused: {refused}")
+        target = self.target(order)
         body = with_key(order.payload, key)
         headers = {**HEADERS, "User-Agent": self._options.user_agent, "Content-Length": str(len(body))}
         seconds = self._options.timeout

@@ -22,7 +22,7 @@ from worker.core.order_reply import (
 )
 from worker.core.pacing.backlog import OrderBacklog
 from worker.core.pacing.policy import PacedJob, PaceModel, PollPlan
-from worker.core.reply import AccountRefused, ApiDown, ApiError, Processing, RateLimited, Reply
+from worker.core.reply import AccountRefused, ApiDown, ApiError, Processing, RateLimited, Reply, Unread
 from worker.core.slots import after_refusal
 from worker.ordering.options import AfterRecording, OrderOptions
 from worker.polling.breaker_updates import Breakers, update_breakers
@@ -64,16 +64,22 @@ NAMES: Mapping[type[OrderReply], str] = {
 
 
 class OrderAnswer(NamedTuple):
-    """The answer to an order: when it was sent by the monotonic clock, and whether it was a probe."""
+    """The answer to an order: when it was sent by the monotonic clock, and whether it was a probe.
+
+    `reached_api` is False if no request was tried, because the endpoint is refused.
+    """
 
     job: ClaimedOrder
     order_reply: OrderReply
     probe: bool
     sent: float
+    reached_api: bool = True
 
     @property
     def reply(self) -> Reply:
         """The meaning of the answer for the circuit breakers of account and host."""
+        if not self.reached_api:
+            return Unread("no request was sent")
         match self.order_reply:
             case RateLimited() | AccountRefused() as reply:
                 return reply

@@ -21,8 +21,9 @@ from sqlalchemy import Engine
 
 from worker.coordination.leases import LeaseKeeper, LeaseLost
 from worker.coordination.rate_limiter import RateLimiter
-from worker.core.order_reply import OrderReply
+from worker.core.order_reply import OrderPostponed, OrderReply
 from worker.core.pacing.backlog import OrderBacklog
+from worker.errors import NotTrackable
 from worker.net.network_errors import describe
 from worker.ordering.options import MAX_SENDING_PER_ACCOUNT, AfterRecording, OrderOptions
 from worker.ordering.order_claims import OrderClaims, OrderView
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 RUN_SECONDS = 10.0  # a task should end soon, so that monitors show what it did and its worker can stop
 IDLE_SECONDS = 1.0  # longest time between two looks: a wake-up can get lost
 LOOK_SECONDS = 0.05  # least time between two looks
+REFUSED_SECONDS = 60.0  # until the next claim of an order whose endpoint is refused: settings may change
 GATHER_SECONDS = 0.005  # what arrives within this time is written together
 ALERT_SECONDS = 0.4  # look often after a wake-up: its sender sends no second one for a while
 
@@ -191,6 +193,9 @@ class Submitter:
             return order
         try:
             reply = self._client.send(order, SecretStr(key.get_secret_value()), partial(self._attempt, order))
+        except NotTrackable as refused:  # the settings have changed since the order was made
+            reply = OrderPostponed(f"the endpoint is refused: {refused}", REFUSED_SECONDS)
+            return OrderAnswer(order, reply, probe, began, reached_api=False)
         except LeaseLost:
             log.warning("a lease may have ended, the order was not sent job=%s", order.id)
             return order
