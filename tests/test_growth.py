@@ -37,10 +37,10 @@ from worker.vendor.replies import Question, parse
 from worker.vendor.submissions import submission
 
 STAGES = 22, 200, 1_500, 6_000  # characters: the first finds exponential patterns, the last quadratic ones
-MAX_SECONDS = 0.02  # for a text of any stage; usual is a thousandth
 LENGTH, LONG_LENGTH = 60_000, 8 << 20
 RATIO = 2.5
 TRIES = 12
+USUAL_SUM_SECONDS = 0.012  # to sum up a million numbers
 COPY_SECONDS = 4e-9  # per character: time to copy it, which is longer in newly allocated memory
 KEYS = [f"{number:02d}{'Kq3vZ8mT1xRw5yLb7nPd0cGh2sJf6aUe9iDo4kXe'[number % 9 :]}" for number in range(100)]
 USES = uses()
@@ -53,6 +53,14 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     started_at = time.process_time()
     work()
     return time.process_time() - started_at
+
+
+def machine_factor() -> float:
+    """Return how many times slower this machine is than a usual one, at least 1."""
+    return max(1.0, min(cpu_seconds(lambda: sum(range(1_000_000))) for _ in range(3)) / USUAL_SUM_SECONDS)
+
+
+MAX_SECONDS = 0.02 * machine_factor()  # for a text of any stage; usual is a thousandth
 
 
 def grows_too_fast(work: Callable[[str], object], text: Callable[[int], str], length: int) -> str | None:
