@@ -107,12 +107,12 @@ def test_track_refuses_values_that_are_no_ids(
     configured_sqlite: Engine, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shell variable that is empty, and what `jq` prints for a missing id."""
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'[null, 0, 1.5, {"id": null}]')))
-    result = run("track", "", "0", "null", "-", "--json")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'[null, -1, 1.5, {"id": null}]')))
+    result = run("track", "", "null", "-", "--json")
     assert (result.code, result.document) == (1, [])
     assert [line.split(": ")[1] for line in result.err.splitlines()] == [
-        "'' not tracked", "'0' not tracked", "'null' not tracked",
-        "'null' not tracked", "'0' not tracked", "'1.5' not tracked", "'{\"id\"",
+        "'' not tracked", "'null' not tracked",
+        "'null' not tracked", "'-1' not tracked", "'1.5' not tracked", "'{\"id\"",
     ]  # fmt: skip
 
 

@@ -36,9 +36,7 @@ COMMANDS = {
         "worker.cli.move_storage:move_storage", "Move stored outputs to the storage of STORAGE_URL."
     ),
     "notify": LazyCommand("worker.cli.notify:notify", "Send the webhooks of jobs again."),
-    "order": LazyCommand(
-        "worker.cli.order:order", "Order a job: the workers send it to the API, ask about it, and store its outputs."
-    ),
+    "order": LazyCommand("worker.cli.order:order", "Order a job that the workers send to the API."),
     "parse": LazyCommand("worker.cli.parse:parse", "Show how the worker reads an answer of the API."),
     "prune": LazyCommand("worker.cli.prune:prune", "Remove finished jobs of a minimum age."),
     "resume": LazyCommand("worker.cli.change_jobs:resume", "Continue jobs at once."),

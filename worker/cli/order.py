@@ -25,7 +25,7 @@ from worker.system.terminal import echo
 @click.option("--deadline", type=float, help="The seconds, from when the API took the order, until it may expire.")
 @json_option
 def order(endpoint: str, file: Any, as_json: bool, **options: Any) -> int:
-    """Order a job: the workers send it to the API, ask about it, and store its outputs.
+    """Order a job that the workers send to the API.
 
     ENDPOINT is the path below /api/, such as v6/images/text2img. FILE has the payload, a JSON object without the key;
     without FILE, or with -, it is read from standard input.
