@@ -71,8 +71,8 @@ def test_every_check_passes_on_a_healthy_installation() -> None:
     checks = _run_checks()
     assert _failed(checks) == {}
     assert set(checks) == {
-        "names", "database", "work", "holds", "claims", "on_done", "on_done queues", "deadlines", "outputs", "webhooks",
-        "migrations", "vacuum", "transactions", "redis", "processes", "storage", "partials",
+        "names", "database", "work", "holds", "claims", "orders", "on_done", "on_done queues", "deadlines", "outputs",
+        "webhooks", "migrations", "vacuum", "transactions", "redis", "processes", "storage", "partials",
     }  # fmt: skip
     assert all(check.message for check in checks.values())
     assert check_liveness(load()).ok

@@ -92,9 +92,9 @@ CASES: list[tuple[Callable[[Connection], int], str, str, str]] = [
     (without_slot, "waiting for a slot at the API: 2 of 2 slots taken, 1 order of its account before it", "slots",
         "nothing: it is sent when a job of its account is ready"),
     (postponed, "postponed: it is sent again in ", "queue", "nothing: it is sent again in "),
-    (of_refused_account, "held: key rejected: Invalid API key", "account", "put the right key into SD_API_KEY"),
+    (of_refused_account, "held: key rejected: Invalid API key", "account", "put the right key of default into SD_API_KEY"),
     (of_held_host, "held: api.test held by an operator", "host", "fetch-worker resume --host api.test"),
-    (without_key, "held: no key for account shop", "account", "put the key of account shop into "),
+    (without_key, "held: no key for account shop", "account", "put the key of shop into "),
     (being_sent, f"it is being sent by {planted.ELSEWHERE}", "claim", "nothing: it is being sent"),
 ]  # fmt: skip
 
