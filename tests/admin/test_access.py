@@ -67,6 +67,7 @@ def test_there_are_no_urls_to_edit_or_delete_rows(site: Flask) -> None:
             "details_view",
             "action_view",
             "act",
+            "attach",
             "matching",
         ),
         *("gallery", "file", "picture", "health"),
