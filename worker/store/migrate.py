@@ -102,7 +102,7 @@ def _put_back_references(connection: Connection, name: str) -> None:
         there = {key["name"] for key in inspect(connection).get_foreign_keys(table.name)}
         for key in table.foreign_key_constraints:
             if key.referred_table.name == name and key.name not in there:
-                columns = ", ".join(key.column_keys)
+                columns = ", ".join(column.name for column in key.columns)
                 connection.execute(
                     text(
                         f"ALTER TABLE {table.name} ADD CONSTRAINT {key.name} FOREIGN KEY ({columns})"
