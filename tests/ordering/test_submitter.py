@@ -319,6 +319,26 @@ def test_given_an_endpoint_that_is_not_allowed_any_more_when_its_order_is_claime
         assert not connection.execute(select(breakers.c.name).where(breakers.c.reason.is_not(None))).all()
 
 
+@pytest.mark.parametrize("sent", [True, False])
+def test_given_an_internal_error_when_the_request_may_have_begun_then_the_order_is_uncertain_and_else_sent_again(
+    sending: Sending, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, *, sent: bool
+) -> None:
+    def fail(order: ClaimedOrder, key: object, permit: Callable[[], object]) -> None:
+        if sent:
+            permit()
+        raise RuntimeError("a mistake in the code")
+
+    job_id = sending.order()
+    with monkeypatch.context() as patch:
+        patch.setattr(sending.client, "send", fail)
+        sending.submit()
+    assert sending.job(job_id).status == ("uncertain" if sent else "ordered")
+
+    sending.submit()
+
+    assert sandbox.charges.charged == (0 if sent else 1)
+
+
 # ── lost senders ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

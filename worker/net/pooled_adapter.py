@@ -123,7 +123,7 @@ class PooledAdapter(TimedAdapter):
             try:
                 connection.connect()
                 check_permit()
-            except (HTTPError, HTTPException, OSError) as error:
+            except (HTTPError, HTTPException, OSError, ValueError) as error:
                 raise NothingSent(_as_requests_error(error)) from error
             sock = cast("socket.socket", connection.sock)
             sock.settimeout(float(timeout[1]))

@@ -21,7 +21,7 @@ from sqlalchemy import Engine
 
 from worker.coordination.leases import LeaseKeeper, LeaseLost
 from worker.coordination.rate_limiter import RateLimiter
-from worker.core.order_reply import OrderPostponed, OrderReply
+from worker.core.order_reply import AnswerLost, OrderPostponed, OrderReply
 from worker.core.pacing.backlog import OrderBacklog
 from worker.errors import NotTrackable
 from worker.net.network_errors import describe
@@ -191,15 +191,24 @@ class Submitter:
         key = self._options.keys.get(order.account)
         if key is None or self._stopping.is_set():
             return order
+        may_be_sent = threading.Event()
+
+        def permit() -> None:
+            self._attempt(order)
+            may_be_sent.set()
+
         try:
-            reply = self._client.send(order, SecretStr(key.get_secret_value()), partial(self._attempt, order))
+            reply = self._client.send(order, SecretStr(key.get_secret_value()), permit)
         except NotTrackable as refused:  # the settings have changed since the order was made
             reply = OrderPostponed(f"the endpoint is refused: {refused}", REFUSED_SECONDS)
             return OrderAnswer(order, reply, probe, began, reached_api=False)
         except LeaseLost:
             log.warning("a lease may have ended, the order was not sent job=%s", order.id)
             return order
-        except Exception as error:  # the attempt could not be noted, so nothing was sent
+        except Exception as error:
+            if may_be_sent.is_set():  # never send it again
+                log.exception("internal error after an order was sent job=%s", order.id)
+                return OrderAnswer(order, AnswerLost(f"internal error: {type(error).__name__}"), probe, began)
             log.warning("an order was not sent job=%s reason=%s", order.id, describe(error))
             return order
         return OrderAnswer(order, reply, probe, began)
