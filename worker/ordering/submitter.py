@@ -21,7 +21,7 @@ from sqlalchemy import Engine
 
 from worker.coordination.leases import LeaseKeeper, LeaseLost
 from worker.coordination.rate_limiter import RateLimiter
-from worker.core.order_reply import AnswerLost, OrderPostponed, OrderReply
+from worker.core.order_reply import AnswerLost, OrderPostponed, OrderReply, OrderTaken
 from worker.core.pacing.backlog import OrderBacklog
 from worker.errors import NotTrackable
 from worker.net.network_errors import describe
@@ -88,6 +88,7 @@ class Submitter:
         self._lock = threading.Lock()
         self._woken = threading.Event()
         self._alert_until = 0.0
+        self._look_now = False  # a slot may be free, or an order was made
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -98,6 +99,7 @@ class Submitter:
     def wake(self) -> None:
         """Look for orders at once. May be called from any thread."""
         self._alert_until = time.monotonic() + ALERT_SECONDS
+        self._look_now = True
         self._woken.set()
         self._requests.wake()
 
@@ -156,7 +158,9 @@ class Submitter:
             if over and not (self.busy and (finish or self._stopping.is_set())):
                 report.more = self.busy or not self._stopping.is_set()
                 return report
-            if not over and now >= (min(look_at, looked_at + LOOK_SECONDS) if now < self._alert_until else look_at):
+            alert = now < self._alert_until and now >= looked_at + LOOK_SECONDS
+            if not over and (self._look_now or alert or now >= look_at):
+                self._look_now = False
                 view = self._claims.view()
                 started = self._start(view)
                 self._claims.tidy(view)
@@ -166,7 +170,7 @@ class Submitter:
             if not self.busy and now >= idle_until:
                 return report
             wait = LOOK_SECONDS if now < self._alert_until else max(min(look_at, until) - now, LOOK_SECONDS)
-            self._record(wait, report)
+            self._record(0.0 if self._look_now else wait, report)
 
     def _start(self, view: OrderView) -> int:
         """Claim the orders that can be sent now, and start their requests. Return how many were started."""
@@ -253,6 +257,12 @@ class Submitter:
         self._claims.release_now()
         if self._recorder.unwritten:
             self._recorder.write(self._claims.breakers, count_accepted(self._budget, answers))
+            self._look_now = self._look_now or any(_frees_slot(answer.order_reply) for answer in answers)
+
+
+def _frees_slot(reply: OrderReply) -> bool:
+    """Return whether an order takes no slot after this answer."""
+    return not isinstance(reply, (OrderTaken, AnswerLost)) or (isinstance(reply, OrderTaken) and bool(reply.outputs))
 
 
 class _Attempt(NamedTuple):

@@ -35,6 +35,7 @@ from worker.store.claims import ClaimedJob
 
 log = logging.getLogger(__name__)
 
+BACKLOG_GATHER_SECONDS = 0.01  # a job that is ready lets the next order start
 REQUEST_SECONDS = 2.0  # between two requests for the same work
 RUN_SECONDS = 10.0  # a task should end soon, so that monitors show what it did and its worker can stop
 
@@ -73,7 +74,7 @@ class Poller:
         backlog: OrderBacklog | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        backlog = backlog or OrderBacklog()
+        self._backlog = backlog = backlog or OrderBacklog()
         rng = rng or random.Random()  # spreads polls in time and places over accounts; not used for security
         self._api = api
         self._budget = budget
@@ -212,12 +213,18 @@ class Poller:
             busy = self.busy
             if not busy and (self.stopped or (now >= idle_until and request_run is None)):
                 return report
-            answers = self._pool.answers(self._wait(until, idle_until, busy), gather=self._rate.gather_seconds)
+            answers = self._pool.answers(self._wait(until, idle_until, busy), gather=self._gather_seconds)
             if answers or self._recorder.unwritten:
                 self._record(answers, report)
             if progress is not None and now >= progress_at:
                 progress_at = now + self._progress_seconds
                 progress(report, self._pool.outstanding)
+
+    @property
+    def _gather_seconds(self) -> float:
+        """The seconds to wait for more answers after the first. While orders wait for a slot, hardly any."""
+        seconds = self._rate.gather_seconds
+        return min(seconds, BACKLOG_GATHER_SECONDS) if self._backlog.accounts else seconds
 
     def _may_claim(self, request_run: Callable[[], None] | None, now: float) -> bool:
         """Return whether this run may claim jobs. A run that watches gives another run the chance to do it first."""
