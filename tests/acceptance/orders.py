@@ -21,6 +21,7 @@ from tests.acceptance.report import Report
 BURST, PAUSE = 100, 0.5  # orders in a burst, and seconds between two bursts
 MAX_REFUSALS = 2
 MIN_SLOT_USE = 0.9
+MEASURED_JOBS = 100  # with fewer, how long jobs take is not learned yet, and the first and last seconds count too much
 MEAN_SECONDS, SLOTS = 2.5, 5  # of a job at the API, and of its plan
 SETTINGS = {"POLL_MIN": "0", "SD_API_RPS": "50"}
 LEASE_SECONDS = 10
@@ -99,7 +100,8 @@ def orders(installation: Installation, home: Path, size: Size) -> Report:
         refused = seen.count("refused")
         report.check(f"at most {MAX_REFUSALS} refusals", refused <= MAX_REFUSALS, refused)
         use = seen.slot_use()
-        report.check(f"slots used at least {MIN_SLOT_USE:.0%} of the time", use >= MIN_SLOT_USE, f"{use:.1%}")
+        if size.jobs >= MEASURED_JOBS:
+            report.check(f"slots used at least {MIN_SLOT_USE:.0%} of the time", use >= MIN_SLOT_USE, f"{use:.1%}")
         report.none_of("every request was a valid order or fetch", seen.strays)
         check_no_stray_files(report, deployment)
         _figures(report, seen, began)

@@ -269,6 +269,9 @@ class Poller:
         if any(answer.probe for answer in answers):
             self._claimer.look_times.look_after(0.0)  # it may have closed a breaker
         lost = self._recorder.write(self._views.breakers)
+        if self._backlog.accounts:  # polls may be due again before the view is read anew
+            self._views.stale = True
+            self._claimer.look_times.look_after(0.0)
         if lost:
             log.warning("answers came too late, their jobs have a new claim or have ended count=%s", lost)
         report.lost += lost

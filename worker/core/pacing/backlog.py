@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from worker.core.pacing.policy import Pace
 
-MAX_FACTOR = 20.0
-COUNTED_MOST = 100  # waiting orders of an account: more make no difference
+MAX_FACTOR = 60.0
+COUNTED_MOST = 500  # waiting orders of an account: more make no difference
 
 
 class OrderBacklog:
