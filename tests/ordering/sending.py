@@ -16,8 +16,9 @@ from worker.core.pacing.backlog import OrderBacklog
 from worker.core.pacing.policy import Pace
 from worker.net.pooled_adapter import PooledAdapter
 from worker.ordering.options import AfterRecording, OrderOptions
-from worker.ordering.order_client import MAX_ANSWER_BYTES, OrderClient
+from worker.ordering.order_client import OrderClient
 from worker.ordering.submitter import Submitter
+from worker.polling.api_client import MAX_ANSWER_BYTES
 from worker.sandbox import Answer, Sandbox
 from worker.sandbox.answers import json_answer
 from worker.sandbox.scenarios import SCENARIOS, Scenario

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import NamedTuple
 
 from sqlalchemy import Connection, Engine
@@ -18,6 +19,7 @@ from worker.core.pacing.backlog import OrderBacklog
 from worker.core.slots import SlotLimit
 from worker.ordering.options import OrderOptions
 from worker.polling.breaker_updates import Breakers
+from worker.polling.job_claims import PROBE_MARGIN
 from worker.store.breakers import all_breakers, locked_breaker, save_breaker
 from worker.store.engine import database_now
 from worker.store.orders import (
@@ -34,7 +36,6 @@ from worker.store.slots import all_slots
 
 log = logging.getLogger(__name__)
 
-PROBE_MARGIN = timedelta(seconds=5)  # beyond the request's time-out: to write the answer before another process probes
 TIDY_SECONDS = 5.0
 
 
@@ -156,31 +157,21 @@ class OrderClaims:
             now = database_now(connection)
             if probes_account and locked_breaker(connection, "account", account).allows(now) != "probe":
                 return Claimed()
-            orders = claim_orders(
+            claim = partial(
+                claim_orders,
                 connection,
                 account,
                 configured_slots=self._options.slots(account),
-                limit=1 if probes_account else limit,
                 token=token,
                 holder=self._leases.holder,
                 lease=self._leases.lease,
                 now=now,
-                held_hosts=[*view.hosts("none"), *probed_hosts],
             )
+            orders = claim(limit=1 if probes_account else limit, held_hosts=[*view.hosts("none"), *probed_hosts])
             if not orders and probed_hosts:
                 host = self._rng.choice(probed_hosts)
                 if locked_breaker(connection, "host", host).allows(now) == "probe":
-                    orders = claim_orders(
-                        connection,
-                        account,
-                        configured_slots=self._options.slots(account),
-                        limit=1,
-                        token=token,
-                        holder=self._leases.holder,
-                        lease=self._leases.lease,
-                        now=now,
-                        only_hosts=[host],
-                    )
+                    orders = claim(limit=1, only_hosts=[host])
                     if orders:
                         self._start_probe(connection, "host", host, now)
             if orders and probes_account:

@@ -13,14 +13,11 @@ from worker.net.deadlines import TimeLimit
 from worker.net.network_errors import describe
 from worker.net.pooled_adapter import NothingSent, PooledAdapter
 from worker.ordering.options import OrderOptions
+from worker.polling.api_client import CONNECT_SECONDS, HEADERS, MAX_ANSWER_BYTES
 from worker.store.orders import ClaimedOrder
 from worker.system.redaction import Scrubber
 from worker.vendor.order_answers import read_order_answer
 from worker.vendor.order_endpoint import OrderTarget, order_target
-
-CONNECT_SECONDS = 10.0
-MAX_ANSWER_BYTES = 32 * 1024 * 1024
-HEADERS = {"Accept": "application/json", "Content-Type": "application/json"}
 
 
 class OrderClient:

@@ -25,9 +25,9 @@ from worker.notify.on_done import notify
 from worker.notify.webhook_sender import WebhookSender
 from worker.notify.webhooks import MAX_DELIVERIES, Webhooks
 from worker.ordering.options import AfterRecording, order_options
-from worker.ordering.order_client import MAX_ANSWER_BYTES, OrderClient
+from worker.ordering.order_client import OrderClient
 from worker.ordering.submitter import Submitter
-from worker.polling.api_client import ApiClient
+from worker.polling.api_client import MAX_ANSWER_BYTES, ApiClient
 from worker.polling.late_looks import LateLooks
 from worker.polling.options import MAX_IN_FLIGHT, AfterCommit, poll_options
 from worker.polling.poller import Poller
@@ -110,10 +110,8 @@ class ProcessResources:
             leases=self.leases,
             options=poll_options(settings),
             after_commit=AfterCommit(
-                queue_downloads=lambda ids: (
-                    self.publisher.send("downloads", lambda: queue_downloads(ids)) if ids else None
-                ),
-                notify=lambda ids: self.publisher.send("on_done", lambda: self.notify(ids)) if ids else None,
+                queue_downloads=self._queue_downloads_soon,
+                notify=self._notify_soon,
                 slots_freed=self._slots_freed,
             ),
             backlog=self.backlog,
@@ -122,6 +120,14 @@ class ProcessResources:
         if self.stopping.is_set():
             poller.stop()
         return poller
+
+    def _queue_downloads_soon(self, output_ids: Sequence[int]) -> None:
+        if output_ids:
+            self.publisher.send("downloads", lambda: queue_downloads(output_ids))
+
+    def _notify_soon(self, job_ids: Sequence[int]) -> None:
+        if job_ids:
+            self.publisher.send("on_done", lambda: self.notify(job_ids))
 
     def _slots_freed(self) -> None:
         """Look for orders at once. In a prefork pool, another process may be the one that sends them."""
@@ -153,10 +159,8 @@ class ProcessResources:
             backlog=self.backlog,
             after=AfterRecording(
                 poll=lambda: self.poller.wake(),
-                queue_downloads=lambda ids: (
-                    self.publisher.send("downloads", lambda: queue_downloads(ids)) if ids else None
-                ),
-                notify=lambda ids: self.publisher.send("on_done", lambda: self.notify(ids)) if ids else None,
+                queue_downloads=self._queue_downloads_soon,
+                notify=self._notify_soon,
             ),
         )
         if self.stopping.is_set():

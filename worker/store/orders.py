@@ -150,9 +150,12 @@ def job_of_order(connection: Connection, key: str) -> int | None:
 # ── looking ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+_IN_QUEUE = (orders.c.queue.is_not(None), orders.c.takes_slot.is_(False))  # it waits to be sent
+
+
 def has_orders(connection: Connection) -> bool:
     """Return whether any order waits to be sent."""
-    query = select(orders.c.id).where(orders.c.queue.is_not(None), orders.c.takes_slot.is_(False)).limit(1)
+    query = select(orders.c.id).where(*_IN_QUEUE).limit(1)
     return connection.execute(query).scalar() is not None
 
 
@@ -186,16 +189,15 @@ def _waits(account: object) -> tuple[ColumnElement[bool], ...]:
 
 def accounts_with_orders(connection: Connection) -> list[str]:
     """Return the accounts of which orders wait to be sent."""
-    waiting = select(orders.c.queue).where(orders.c.queue.is_not(None), orders.c.takes_slot.is_(False)).distinct()
+    waiting = select(orders.c.queue).where(*_IN_QUEUE).distinct()
     return sorted(connection.execute(waiting).scalars())
 
 
 def next_order(connection: Connection, *, after: datetime) -> datetime | None:
     """Return when the next postponed order is due, or the pause of an account ends. None if no order waits."""
-    waits = (orders.c.queue.is_not(None), orders.c.takes_slot.is_(False))
-    due = select(func.min(orders.c.due_at)).where(*waits, orders.c.due_at > after)
+    due = select(func.min(orders.c.due_at)).where(*_IN_QUEUE, orders.c.due_at > after)
     paused = select(func.min(slots.c.paused_until)).where(
-        slots.c.paused_until > after, slots.c.account.in_(select(orders.c.queue).where(*waits))
+        slots.c.paused_until > after, slots.c.account.in_(select(orders.c.queue).where(*_IN_QUEUE))
     )
     moments = [moment for query in (due, paused) if (moment := connection.execute(query).scalar()) is not None]
     return min(moments, default=None)
