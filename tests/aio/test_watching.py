@@ -44,7 +44,8 @@ def test_two_hundred_pages_share_two_looks_a_second_and_need_no_thread_each(data
 
     async def run() -> tuple[list[float], int, list[str]]:
         pages = [asyncio.create_task(page(job_id)) for job_id in ids]
-        await asyncio.sleep(1.6)
+        while len(begins) < 3:
+            await asyncio.sleep(0.05)
         looks, threads = list(begins), threading.active_count()
         for job_id in ids[:3]:
             worker.cancel(job_id)
@@ -58,7 +59,6 @@ def test_two_hundred_pages_share_two_looks_a_second_and_need_no_thread_each(data
     looks, threads, done = asyncio.run(run())
 
     assert done == ["cancelled"] * 3
-    assert 2 <= len(looks) <= 5
     assert min(later - earlier for earlier, later in pairwise(looks)) > 0.45
     assert threads <= threads_before + 2
 
