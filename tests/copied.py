@@ -12,6 +12,7 @@ from worker.store.schema import (
     actions,
     bodies,
     breakers,
+    candidates,
     counters,
     crashes,
     events,
@@ -75,6 +76,10 @@ def plant_rows(engine: Engine) -> None:
                 _order(10, queue="default", due_at=NOW),
                 _order(11, queue="default", takes_slot=True, attempt_token="t", due_at=LATER, **CLAIM),
                 _order(12, payload=f'{{"prompt":"{LONG_TEXT}"}}', last_error=TEXT),
+            ],
+            candidates: [
+                {"job_id": 10, "remote_id": "Ä-1", "named_at": MOMENT, "due_at": NOW, "tries": 2},
+                {"job_id": 10, "remote_id": "ä-1", "named_at": MOMENT, "note": TEXT},
             ],
             slots: [{"account": "Ä", "slots": 5, "refused_at": MOMENT, "paused_at_taken": 3}],
             moved_files: [{"output_id": 2**40, "job_id": 1, "location": "file:///ü%20"}],

@@ -65,6 +65,31 @@ def upgrade() -> None:
     )
     op.create_index("ix_fetch_orders_holder", "fetch_orders", ["claim_holder"], if_not_exists=True)
     op.create_table(
+        "fetch_candidates",
+        sa.Column("job_id", ROW_ID, autoincrement=False, nullable=False),
+        sa.Column("remote_id", sa.String(128), nullable=False),
+        sa.Column("named_at", MOMENT, nullable=False),
+        sa.Column("due_at", MOMENT, nullable=True),
+        sa.Column("tries", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("note", sa.Text(), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["job_id"], ["fetch_jobs.id"], name=op.f("fk_fetch_candidates_job_id"), ondelete="CASCADE"
+        ),
+        sa.PrimaryKeyConstraint("job_id", "remote_id", name=op.f("pk_fetch_candidates")),
+        comment="remote ids that calls of the API named for orders whose answer is not known",
+        **OPTIONS,
+        if_not_exists=True,
+    )
+    is_due = sa.text("due_at IS NOT NULL")
+    op.create_index(
+        "ix_fetch_candidates_due_at",
+        "fetch_candidates",
+        ["due_at"],
+        postgresql_where=is_due,
+        sqlite_where=is_due,
+        if_not_exists=True,
+    )
+    op.create_table(
         "fetch_slots",
         sa.Column("account", sa.String(64), nullable=False),
         sa.Column("slots", sa.Integer(), nullable=True),
@@ -84,7 +109,7 @@ def downgrade() -> None:
     op.execute(
         "UPDATE fetch_jobs SET status = 'cancelled', completed_at = tracked_at WHERE status IN ('ordered', 'uncertain')"
     )
-    for name in ("fetch_slots", "fetch_orders"):
+    for name in ("fetch_slots", "fetch_candidates", "fetch_orders"):
         op.drop_table(name, if_exists=True)
     _allow_states(STATES, OLD_STATES)
 

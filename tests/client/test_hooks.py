@@ -24,9 +24,11 @@ from worker.client.connection import cached_settings, loaded_settings
 from worker.client.hooks import hook_url, received
 from worker.errors import NotTrackable, SettingsError, Unavailable
 from worker.sandbox import Sandbox, SandboxOptions
+from worker.store.candidates import candidates_of
 from worker.store.engine import engine_for, make_engine
 from worker.store.migrate import migrate
-from worker.store.schema import jobs
+from worker.store.schema import jobs, orders
+from worker.vendor.submissions import named_id
 
 BASE = "https://shop.example/api-hook"
 OLD, NEW, FOREIGN = ("whsec_" + base64.b64encode(letter * 32).decode() for letter in (b"o", b"n", b"f"))
@@ -55,9 +57,10 @@ def database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     return engine
 
 
-def call(url: str) -> bool:
+def call(url: str, body: bytes = b"") -> bool:
     """Process a call of a URL, as a handler does."""
-    return received(*url.rsplit("/", 2)[1:])
+    reference, signature = url.rsplit("/", 2)[1:]
+    return received(reference, signature, body)
 
 
 def forgeries(url: str) -> list[str]:
@@ -99,7 +102,7 @@ def test_a_url_ends_with_two_plain_segments_that_encode_the_reference(
     reference: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nudged: list[str] = []
-    monkeypatch.setattr(hooks, "nudge_reference", nudged.append)
+    monkeypatch.setattr(hooks, "nudge_reference", lambda text, remote_id: nudged.append(text))
 
     url = hook_url(BASE + "/", reference)
     head, segment, signature = url.rsplit("/", 2)
@@ -324,6 +327,41 @@ def test_a_handler_accepts_valid_calls_with_any_body_and_refuses_others(
 
 
 @pytest.mark.parametrize("app", APPS)
+def test_a_handler_notes_the_job_that_the_body_names_for_an_order_whose_answer_is_lost(
+    app: Callable[[], AbstractContextManager[str]], database: Engine
+) -> None:
+    job_id = lose_order(database, "a/b")
+    with app() as address:
+        url = hook_url(f"{address}/api-hook", "a/b")
+        for body in ({"status": "success", "id": 41, "output": []}, {"id": "x" * 200}, {"id": None}, [1], "no JSON"):
+            assert requests.post(url, json=body, timeout=10).status_code == 204
+        assert requests.post(forgeries(url)[0], json={"id": 42}, timeout=10).status_code == 404
+
+    assert candidate_ids(database, job_id) == ["41"]
+
+
+@pytest.mark.parametrize(
+    ("body", "remote_id"),
+    [
+        (b'{"id": 41}', "41"),
+        (b'{"status": "success", "id": "abc123-def456", "output": [], "track_id": "x"}', "abc123-def456"),
+        (b'{"status": "success", "training_status": "model_ready", "model_id": "m-1", "training_id": "m-1"}', "m-1"),
+        (b'{"request_id": 41, "id": null}', "41"),
+        (b'{"taskId": "a3525188-a894"}', "a3525188-a894"),
+        (b'{"id": 0}', None),
+        (b'{"id": "../../etc"}', None),
+        (b'{"id": {"a": 1}}', None),
+        (b'{"id": 41', None),
+        (b"[" * 60_000, None),
+        (b"\xff\x00", None),
+        (b"", None),
+    ],
+)
+def test_the_id_in_a_body_is_read_as_in_all_answers(body: bytes, remote_id: str | None) -> None:
+    assert named_id(body) == remote_id
+
+
+@pytest.mark.parametrize("app", APPS)
 def test_a_handler_answers_503_without_a_database(
     app: Callable[[], AbstractContextManager[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,6 +370,22 @@ def test_a_handler_answers_503_without_a_database(
         url = hook_url(f"{address}/api-hook", "a")
 
         assert requests.post(url, timeout=10).status_code == 503
+
+
+def lose_order(engine: Engine, reference: str) -> int:
+    """Order a picture whose answer is lost. Return the id of the job."""
+    job_id = worker.order("v6/images/text2img", {"prompt": "a lake"}, reference=reference)
+    with engine.begin() as connection:
+        connection.execute(update(jobs).where(jobs.c.id == job_id).values(status="uncertain"))
+        sent = {"attempted_at": datetime.now(UTC), "due_at": None, "takes_slot": True}
+        connection.execute(update(orders).where(orders.c.id == job_id).values(sent))
+    return job_id
+
+
+def candidate_ids(engine: Engine, job_id: int) -> list[str]:
+    """Return the remote ids that calls named for an order."""
+    with engine.connect() as connection:
+        return [row.remote_id for row in candidates_of(connection, job_id)]
 
 
 # ── with a real worker ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -380,3 +434,35 @@ def _ready_after(engine: Engine, job_id: int, submitted: float) -> float:
         assert time.monotonic() < deadline, read_job(engine, job_id)
         time.sleep(0.05)
     return float(ready_at.timestamp()) - submitted
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("lost", ["lost-closed", "lost-silent"])
+def test_given_an_order_whose_answer_is_lost_when_the_api_calls_then_its_picture_is_stored(
+    lost: str, tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The API may call before the answer counts as lost. The picture is paid for once."""
+    url = f"sqlite:///{tmp_path}/hook.db"
+    engine = make_engine(make_url(url))
+    migrate(engine)
+    options = SandboxOptions(key="k", min_seconds=1.0, max_seconds=1.0, size=16, max_outputs=1, scenarios=(lost,))
+    with Sandbox(options) as api, flask_app() as address:
+        environment: dict[str, Any] = {
+            "DATABASE_URL": url,
+            "REDIS_URL": redis_url,
+            "SD_API_URL": api.url,
+            "SD_API_KEY": "k",
+            "SD_API_ORDER_TIMEOUT": "4",
+            "OUTPUT_ALLOWED_NETWORKS": "127.0.0.0/8",
+            "STORAGE_URL": f"file:{tmp_path}/outputs",
+        }
+        configure(monkeypatch, **environment)
+        payload = {"prompt": "a lake", "webhook": hook_url(f"{address}/api-hook", "order-7")}
+        with celery_worker(tmp_path):
+            job_id = worker.order("v3/text2img", payload, reference="order-7")
+            job = worker.wait(job_id, timeout=60)
+        charged = api.charges.charged
+    engine.dispose()
+
+    assert (job.status, len(job.outputs), job.outputs[0].status) == ("completed", 1, "stored")
+    assert charged == 1

@@ -10,6 +10,8 @@ import requests
 from sqlalchemy.orm import Session
 
 import worker
+from worker.client import hooks
+from worker.client.hooks import hook_url, received
 from worker.errors import WaitTimeout
 from worker.testing import Kit, NeverEnds, kit
 from worker.testing.stand_in import KEY
@@ -173,6 +175,23 @@ def test_an_uncertain_order_that_is_attached_gets_the_pictures_that_were_paid_fo
     job = testkit.worker.run(job_id)
     assert (job.status, job.remote_id, len(job.outputs)) == ("completed", testkit.api.last_id, 2)
     assert testkit.api.charged == 1
+
+
+def test_an_uncertain_order_whose_job_the_api_calls_about_goes_on_by_itself(
+    testkit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WEBHOOK_SECRET", "whsec_" + "A" * 44)
+    hooks._keys.cache_clear()
+    testkit.api.loses_the_answer()
+    job_id = testkit.worker.run(order(reference="order-7")).id
+    reference, signature = hook_url("https://shop.test/hook", "order-7").rsplit("/", 2)[1:]
+
+    assert received(reference, signature, json.dumps({"id": testkit.api.last_id}).encode())
+
+    job = testkit.worker.run(job_id)
+    assert (job.status, job.remote_id, len(job.outputs)) == ("completed", testkit.api.last_id, 2)
+    assert testkit.api.charged == 1
+    hooks._keys.cache_clear()
 
 
 def test_an_uncertain_order_that_is_retried_is_sent_again(testkit: Kit) -> None:

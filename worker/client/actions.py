@@ -8,6 +8,7 @@ from worker.client.jobs import lookup_id
 from worker.client.workers import wake
 from worker.store import jobs as job_store
 from worker.store.audit import record_job_action
+from worker.store.candidates import add_candidate
 from worker.store.counters import Tally
 from worker.store.engine import database_now
 from worker.store.events import create_events, send_again
@@ -72,12 +73,18 @@ def nudge(remote_id: str | int, account: str | None = None) -> int:
     return count
 
 
-def nudge_reference(reference: str) -> int:
-    """Poll the jobs with this reference earlier, because they may be ready. Return how many."""
+def nudge_reference(reference: str, remote_id: str | None = None) -> int:
+    """Poll the jobs with this reference earlier, because they may be ready. Return how many.
+
+    The workers ask the API whether the job with this `remote_id` belongs to an order whose answer is not known.
+    """
     settings = cached_settings()
     with transaction(settings) as connection:
         interval = timedelta(seconds=settings.poll_min)
-        count = job_store.nudge_reference(connection, reference, now=database_now(connection), poll_min=interval)
+        now = database_now(connection)
+        count = job_store.nudge_reference(connection, reference, now=now, poll_min=interval)
+        if remote_id is not None:
+            add_candidate(connection, reference, remote_id, now=now)
     if count:
         wake(settings)
     return count

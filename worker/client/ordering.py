@@ -24,8 +24,7 @@ from worker.store.engine import database_now
 from worker.store.order_results import attach as attach_order
 from worker.store.orders import NewOrder, insert_order, job_of_order, order_row
 from worker.system.redaction import Scrubber, shared_scrubber
-from worker.vendor.fetch_url import fetch_address
-from worker.vendor.order_endpoint import OrderTarget, order_target
+from worker.vendor.order_endpoint import OrderTarget, address_of_order, order_target
 from worker.vendor.submissions import kind_of_order
 
 MAX_PAYLOAD = 8 * 1024 * 1024  # bytes of JSON
@@ -217,8 +216,7 @@ def attach(job_id: int, remote_id: str | int) -> bool:
         ordered = order_row(connection, job_id)
         if ordered is None:
             return False
-        target = order_target(ordered.endpoint, settings.api)
-        address = fetch_address(target.order.fetch_url(named), named, settings.api)
+        address = address_of_order(ordered.endpoint, named, settings.api)
         now = database_now(connection)
         try:
             with connection.begin_nested():

@@ -7,10 +7,12 @@ from typing import Any
 
 from sqlalchemy import Connection, Row
 
+from worker.core.lifecycle import ORDER_STATES
 from worker.core.pacing.policy import PacedJob, PaceModel
 from worker.operations.overview import finite_seconds
 from worker.polling.duration_learner import read_models
 from worker.settings import Settings
+from worker.store.candidates import candidates_of
 from worker.store.late_looks import look_of
 from worker.store.orders import QueuePlace, order_row, queue_place
 from worker.store.promises import promise_row
@@ -65,6 +67,7 @@ class JobContext:
     late_look: Row[Any] | None = None
     order: Row[Any] | None = None
     place: QueuePlace | None = None
+    candidates: Sequence[Row[Any]] = ()
 
     @property
     def tries_promised_links(self) -> bool:
@@ -136,5 +139,6 @@ def read_context(
         promise=promise_row(connection, job.id),
         late_look=look_of(connection, job.id),
         order=order,
+        candidates=candidates_of(connection, job.id) if job.status in ORDER_STATES else (),
         place=queue_place(connection, order, now=work.now) if order is not None and waits_in_queue else None,
     )

@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from sqlalchemy import Row
+
 from worker.coordination.rate_limiter import BudgetStatus
 from worker.core.humanize import format_count, format_duration, iso_time
 from worker.core.redaction.masking import mask_personal_data
@@ -20,6 +22,8 @@ def order_findings(context: JobContext, peek: BudgetStatus | None) -> Iterator[F
     """Yield the findings about an order, in the order in which it meets them."""
     if context.job.status == "uncertain":
         yield Finding("order", "uncertain", _known(context), _decision(context))
+        for candidate in context.candidates:
+            yield Finding("candidate", candidate.remote_id, _candidate(context, candidate))
         return
     if context.order is None:
         advice = f"fetch-worker cancel {context.job.id}, and order it again"
@@ -83,11 +87,22 @@ def _known(context: JobContext) -> str:
 
 def _decision(context: JobContext) -> str:
     job_id = context.job.id
+    checked = any(candidate.due_at is not None for candidate in context.candidates)
+    wait = "the API is asked about a job that its call named: wait a minute; then " if checked else ""
     return (
-        "look at the API whether the job exists: if so, `fetch-worker attach "
+        f"{wait}look at the API whether the job exists: if so, `fetch-worker attach "
         f"{job_id} REMOTE_ID`; else `fetch-worker retry {job_id}`, which may be paid twice; "
         f"or give it up with `fetch-worker cancel {job_id}`"
     )
+
+
+def _candidate(context: JobContext, candidate: Row[Any]) -> str:
+    named = f"a call of the API named it {format_duration(context.seconds_since(candidate.named_at))} ago"
+    note = f"; {mask_personal_data(candidate.note)}" if candidate.note else ""
+    if candidate.due_at is None:
+        return f"{named}{note}"
+    wait = -context.seconds_since(candidate.due_at)
+    return f"{named}{note}; the API is asked about it " + (f"in {format_duration(wait)}" if wait > 0 else "soon")
 
 
 def _claim(context: JobContext) -> Finding:
@@ -161,6 +176,15 @@ def order_document(context: JobContext) -> dict[str, Any] | None:
         "last_error": order.last_error,
         "slots": {"taken": account.taken, "total": account.slots},
         "place": None if context.place is None else context.place.before + 1,
+        "candidates": [
+            {
+                "remote_id": candidate.remote_id,
+                "named_at": iso_time(candidate.named_at),
+                "due_at": None if candidate.due_at is None else iso_time(candidate.due_at),
+                "note": candidate.note,
+            }
+            for candidate in context.candidates
+        ],
     }
 
 
@@ -170,4 +194,5 @@ def shown_order(document: Mapping[str, Any]) -> dict[str, Any]:
     more = len(text) - SHOWN_PAYLOAD
     payload = text if more <= 0 else f"{text[:SHOWN_PAYLOAD]}… and {format_count(more, 'character')} more"
     slots = f"{document['slots']['taken']} of {document['slots']['total']} taken"
-    return {**document, "payload": payload, "slots": slots}
+    candidates = ", ".join(candidate["remote_id"] for candidate in document["candidates"]) or None
+    return {**document, "payload": payload, "slots": slots, "candidates": candidates}

@@ -24,6 +24,7 @@ from worker.polling.kept_text import RAW_BYTES, KeptText, kept_text, raw_answer
 from worker.system.redaction import Scrubber
 from worker.vendor.families import is_training
 from worker.vendor.fetch_url import AllowedApi, call_for, fetch_address
+from worker.vendor.order_endpoint import address_of_order
 from worker.vendor.replies import Question, parse
 from worker.vendor.shapes import TOO_LARGE
 
@@ -81,6 +82,10 @@ class ApiClient:
         default = self.default_address(remote_id)
         return default if default.host == address.host and default.base != address.base else None
 
+    def address_of_order(self, endpoint: str, remote_id: str) -> FetchAddress:
+        """Return the fetch address of the job that an order created. Raises NotTrackable and RefusedAddress."""
+        return address_of_order(endpoint, remote_id, self._allowed)
+
     def permits(self, address: FetchAddress, remote_id: str) -> str | None:
         """Return why the key may not be sent to this address, or None if it may.
 
@@ -101,17 +106,27 @@ class ApiClient:
 
         `permit` is called right before the request is sent. Its exceptions are raised here.
         """
+        return self._ask(address, remote_id, key, permit)[0]
+
+    def ask_whole(self, address: FetchAddress, remote_id: str, key: SecretStr) -> "WholeReply":
+        """Poll one job as `ask` does. Return the reply, and the body without keys. It is empty if it was too large."""
+        reply, answer = self._ask(address, remote_id, key, None)
+        return WholeReply(reply, b"" if answer is None else self._scrubber.body(answer.body))
+
+    def _ask(
+        self, address: FetchAddress, remote_id: str, key: SecretStr, permit: Callable[[], object] | None
+    ) -> "tuple[ApiReply, _RawResponse | None]":
         try:
             answer = self._call(address, remote_id, key, permit)
         except Unavailable as error:
-            return ApiReply(ApiDown(str(error)))
+            return ApiReply(ApiDown(str(error))), None
         if len(answer.body) > MAX_ANSWER_BYTES:
             unread = Unread(f"HTTP {answer.status} with an answer of more than {MAX_ANSWER_BYTES} bytes")
             body = self._scrubber.body(answer.body[:LARGE_ANSWER_BYTES])  # much more than is stored
-            return ApiReply(unread, raw_answer(answer.status, body, self._scrubber, TOO_LARGE))
+            return ApiReply(unread, raw_answer(answer.status, body, self._scrubber, TOO_LARGE)), None
         question = Question(remote_id, time.time(), is_training(address.base), self._status_words)
         with self._parsing_large if len(answer.body) > LARGE_ANSWER_BYTES else nullcontext():
-            return read_answer(self._scrubber, answer.status, answer.headers, answer.body, question)
+            return read_answer(self._scrubber, answer.status, answer.headers, answer.body, question), answer
 
     def whole_answer(self, address: FetchAddress, remote_id: str, key: SecretStr) -> tuple[int, bytes]:
         """Poll one job as `ask` does. Return the HTTP status and the body, with every key removed.
@@ -170,6 +185,13 @@ class ApiClient:
         with closing(response):
             content = _joined(response.iter_content(CHUNK_BYTES), limit)
         return _checked_answer(limit, response.status_code, response.headers, content)
+
+
+class WholeReply(NamedTuple):
+    """A reply, and the body of the answer, from which every key is removed."""
+
+    reply: ApiReply
+    body: bytes = b""
 
 
 def read_answer(

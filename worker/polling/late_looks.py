@@ -1,21 +1,17 @@
-"""Late looks: polls expired jobs again, one at a time, in a thread of its own.
+"""Late looks: polls expired jobs again.
 
-A job that was not ready by its deadline may become ready later, and its links live for a while. A look is delayed while
-its account or host is held, while the account's request budget is short, and while other jobs of the account are due.
+A job that was not ready by its deadline may become ready later, and its links live for a while.
 """
 
 import logging
-import threading
 import time
 from datetime import datetime, timedelta
 from functools import partial
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import SQLAlchemyError
 
 from worker.coordination.leases import boot_seconds
-from worker.coordination.rate_limiter import RateLimiter, Reservation
-from worker.core import circuit_breaker
+from worker.coordination.rate_limiter import RateLimiter
 from worker.core.reply import AccountRefused, ApiDown, ApiReply, RateLimited, Ready
 from worker.net.network_errors import describe
 from worker.polling.answer_writer import count_answers
@@ -24,9 +20,17 @@ from worker.polling.breaker_updates import Breakers, count_accepted, mark_own_pa
 from worker.polling.kept_answers import kept_answer
 from worker.polling.options import AfterCommit, PollOptions
 from worker.polling.request_pool import PollAnswer
-from worker.store.breakers import all_breakers, locked_breaker, save_breaker
+from worker.polling.spare_requests import (
+    AT_ONCE,
+    BUSY_WAIT,
+    HELD_WAIT,
+    LEASE_MARGIN,
+    REFUSED_WAIT,
+    SpareRequests,
+    host_may_be_polled,
+)
+from worker.store.breakers import all_breakers
 from worker.store.counters import Tally
-from worker.store.due_groups import due_groups
 from worker.store.engine import database_now
 from worker.store.kept_answers import keep_answers
 from worker.store.late_looks import (
@@ -44,17 +48,11 @@ from worker.store.revival import Revived, revive
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 100  # due looks per run
-LEASE_MARGIN = timedelta(seconds=30)  # beyond the request's time-out; then another process may make the look
-BUSY_WAIT = timedelta(seconds=60)  # until the next try of a look that got no answer
-HELD_WAIT = timedelta(minutes=10)  # until the next try if the account or host is held, or has no free requests
-REFUSED_WAIT = timedelta(hours=1)  # until the next try if the settings do not let the key be sent to the address
-OVERDUE_SECONDS = 2.0  # a job that is overdue by more shows that the account's requests are short
-SOON_SECONDS = 0.05  # a request that may be sent within this time needs no wait
 
+class LateLooks(SpareRequests):
+    """Makes the late looks of one process."""
 
-class LateLooks:
-    """Makes the late looks of one process. `run` may be called from any thread; one run at a time."""
+    name = "late looks"
 
     def __init__(
         self,
@@ -65,45 +63,19 @@ class LateLooks:
         options: PollOptions,
         after_commit: AfterCommit,
     ) -> None:
-        self._engine = engine
-        self._api = api
-        self._budget = budget
-        self._keys = options.keys  # can change at any time
-        self._rps = options.rps
+        super().__init__(engine=engine, api=api, budget=budget, options=options)
         self._after = options.late_looks
-        self._lease = timedelta(seconds=options.api_timeout) + LEASE_MARGIN
         self._after_commit = after_commit
-        self._running = threading.Lock()
-        self._stopping = threading.Event()
 
-    def stop(self) -> None:
-        """Stop making looks. The current one is finished."""
-        self._stopping.set()
+    def _is_due(self) -> bool:
+        return bool(self._after and self._due(1))
 
-    def start(self) -> None:
-        """Make the due looks in a thread, unless such a thread is running or nothing is due."""
-        if not self._after or self._stopping.is_set() or self._running.locked() or not self._due(1):
-            return
-        threading.Thread(target=self._run_in_thread, name="late-looks", daemon=True).start()
-
-    def _run_in_thread(self) -> None:
-        try:
-            self.run()
-        except SQLAlchemyError as error:
-            log.warning("late looks wait for the database reason=%s", type(error).__name__)
-        except Exception:
-            log.exception("late looks failed, the next sweep continues")
-
-    def run(self) -> int:
-        """Make the looks that are due now. Return how many requests were sent. Raises the errors of the database."""
-        if not self._after or not self._running.acquire(blocking=False):
+    def _run(self) -> int:
+        if not self._after:
             return 0
-        try:
-            with self._engine.begin() as connection:
-                delete_stale_looks(connection, self._after, now=database_now(connection), limit=AT_ONCE)
-            return sum(self._make_look(due) for due in self._pollable_looks())
-        finally:
-            self._running.release()
+        with self._engine.begin() as connection:
+            delete_stale_looks(connection, self._after, now=database_now(connection), limit=AT_ONCE)
+        return sum(self._make_look(due) for due in self._pollable_looks())
 
     def _due(self, limit: int) -> list[DueLook]:
         with self._engine.connect() as connection:
@@ -124,22 +96,11 @@ class LateLooks:
                 account: self._is_free(connection, account, breakers, now) for account in {look.account for look in due}
             }
             allowed = [
-                look for look in due if free_accounts[look.account] and _host_may_be_polled(breakers, look.host, now)
+                look for look in due if free_accounts[look.account] and host_may_be_polled(breakers, look.host, now)
             ]
             deferred = {look.job_id for look in due}.difference(look.job_id for look in allowed)
             defer_due_looks(connection, list(deferred), now=now, due_at=now + HELD_WAIT)
             return allowed
-
-    def _is_free(self, connection: Connection, account: str, breakers: Breakers, now: datetime) -> bool:
-        """Return whether an account has a key, is not held, and has no overdue job."""
-        breaker = breakers.get(("account", account))
-        if account not in self._keys or (breaker is not None and breaker.held(now)):
-            return False
-        late = now - timedelta(seconds=OVERDUE_SECONDS)
-        return not any(
-            group.due_at < late and _host_may_be_polled(breakers, group.host, now)
-            for group in due_groups(connection, [account])
-        )
 
     def _make_look(self, due_look: DueLook) -> bool:
         """Make one look if it is still due and a request is free. Return whether it was made."""
@@ -170,24 +131,12 @@ class LateLooks:
         self._record(look, answer, probe, sent, breakers)
         return True
 
-    def _reserve_request(self, account: str, breakers: Breakers, now: datetime) -> Reservation | None:
-        """Reserve a request of the account's budget if it may be sent at once."""
-        full_rate = self._rps(account)
-        breaker = breakers.get(("account", account))
-        reservation = self._budget.take(account, 1, rate=full_rate if breaker is None else breaker.rate(full_rate, now))
-        if reservation.send_times and reservation.send_times[0] - time.monotonic() <= SOON_SECONDS:
-            return reservation
-        self._budget.give_back(reservation, len(reservation.send_times))
-        return None
-
     def _claim(self, due_look: DueLook) -> tuple[ClaimedLook, bool] | None:
         """Claim a look. Return it, and whether its request is a probe: the one request that tries an unproven key."""
         with self._engine.begin() as connection:
             now = database_now(connection)
-            breaker = locked_breaker(connection, "account", due_look.account)
-            host = all_breakers(connection).get(("host", due_look.host))
-            state = breaker.allows(now)
-            if breaker.held(now) or state == "none" or (host is not None and host.allows(now) != "all"):
+            breaker = self._usable_breaker(connection, due_look.account, due_look.host, now)
+            if breaker is None:
                 return None
             look = claim_look(connection, due_look.job_id, now=now, lease=self._lease)
             if look is None:
@@ -197,9 +146,7 @@ class LateLooks:
                 log.error("the fetch address of an expired job is refused job=%s reason=%s", due_look.job_id, refusal)
                 defer_look(connection, look, due_at=now + REFUSED_WAIT, sent=False)
                 return None
-            if state == "probe":
-                save_breaker(connection, circuit_breaker.with_probe_started(breaker, now=now, lease=self._lease))
-            return look, state == "probe"
+            return look, self._start_probe(connection, breaker, now)
 
     def _defer_unsent(self, look: ClaimedLook, wait: timedelta) -> None:
         """Defer a look whose request was not sent."""
@@ -255,11 +202,6 @@ class LateLooks:
 
 class LookClaimLost(Exception):
     """The claim of a look may have passed to another process."""
-
-
-def _host_may_be_polled(breakers: Breakers, host: str, now: datetime) -> bool:
-    breaker = breakers.get(("host", host))
-    return breaker is None or breaker.allows(now) == "all"
 
 
 def _check_claim(look: ClaimedLook, claimed_at: float) -> None:

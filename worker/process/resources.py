@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Container, Sequence
 from datetime import timedelta
+from typing import TypeVar
 
 from sqlalchemy import Engine
 
@@ -24,6 +25,7 @@ from worker.net.pooled_adapter import PooledAdapter
 from worker.notify.on_done import notify
 from worker.notify.webhook_sender import WebhookSender
 from worker.notify.webhooks import MAX_DELIVERIES, Webhooks
+from worker.ordering.candidate_checks import CandidateChecks
 from worker.ordering.options import AfterRecording, order_options
 from worker.ordering.order_client import OrderClient
 from worker.ordering.submitter import Submitter
@@ -42,6 +44,8 @@ from worker.store.repair import Repairer
 from worker.system.locked_cache import locked_property
 from worker.system.process_identity import dead_holders, holder_name
 from worker.system.redaction import Scrubber, shared_scrubber
+
+Part = TypeVar("Part", Poller, Submitter, CandidateChecks, LateLooks)
 
 DOWNLOAD_THREADS = 64
 COUNT_TIMEOUT_SECONDS = 2.0
@@ -117,9 +121,7 @@ class ProcessResources:
             backlog=self.backlog,
         )
         listen(settings.redis, self._wake)
-        if self.stopping.is_set():
-            poller.stop()
-        return poller
+        return self._unless_stopping(poller)
 
     def _queue_downloads_soon(self, output_ids: Sequence[int]) -> None:
         if output_ids:
@@ -163,23 +165,39 @@ class ProcessResources:
                 notify=self._notify_soon,
             ),
         )
-        if self.stopping.is_set():
-            submitter.stop()
-        return submitter
+        return self._unless_stopping(submitter)
+
+    @locked_property
+    def candidate_checks(self) -> CandidateChecks:
+        """Asks the API about the jobs that its calls named for uncertain orders."""
+        return self._unless_stopping(
+            CandidateChecks(
+                engine=self.engine,
+                api=self.api,
+                budget=RateLimiter(settings.redis),
+                options=poll_options(settings),
+                attached=lambda: self.poller.wake(),
+            )
+        )
 
     @locked_property
     def late_looks(self) -> LateLooks:
         """Polls expired jobs again."""
-        late_looks = LateLooks(
-            engine=self.engine,
-            api=self.api,
-            budget=RateLimiter(settings.redis),
-            options=poll_options(settings),
-            after_commit=AfterCommit(queue_downloads=queue_downloads, notify=self.notify),
+        return self._unless_stopping(
+            LateLooks(
+                engine=self.engine,
+                api=self.api,
+                budget=RateLimiter(settings.redis),
+                options=poll_options(settings),
+                after_commit=AfterCommit(queue_downloads=queue_downloads, notify=self.notify),
+            )
         )
+
+    def _unless_stopping(self, part: Part) -> Part:
+        """Return a part that was just made, stopped if the process is shutting down."""
         if self.stopping.is_set():
-            late_looks.stop()
-        return late_looks
+            part.stop()
+        return part
 
     @locked_property
     def deliveries(self) -> DeliveryCounter:
@@ -189,14 +207,7 @@ class ProcessResources:
     @locked_property
     def outage(self) -> DatabaseOutage:
         """Delays messages while the database is away."""
-        return DatabaseOutage(self._database_answers)
-
-    def _database_answers(self) -> bool:
-        try:
-            check_schema(self.engine)
-        except WorkerError:
-            return False
-        return True
+        return DatabaseOutage(lambda: _database_answers(self.engine))
 
     @locked_property
     def publisher(self) -> Publisher:
@@ -261,11 +272,7 @@ class ProcessResources:
     def stop(self) -> None:
         """Start nothing new. Safe in a signal handler: it makes no resource."""
         self.stopping.set()
-        for name in (
-            "poller",
-            "submitter",
-            "late_looks",
-        ):  # a resource that is just being made checks `stopping` itself
+        for name in ("poller", "submitter", "candidate_checks", "late_looks"):  # see `_unless_stopping` for new ones
             resource = self.__dict__.get(name)
             if resource is not None:
                 resource.stop()
@@ -295,6 +302,14 @@ class ProcessResources:
         if job_ids is not None and not job_ids:
             return
         log_broker_errors("on_done", lambda: notify(self.engine, send_on_done, job_ids))
+
+
+def _database_answers(engine: Engine) -> bool:
+    try:
+        check_schema(engine)
+    except WorkerError:
+        return False
+    return True
 
 
 _resources: dict[int, ProcessResources] = {}  # by process id, so that a forked child makes its own

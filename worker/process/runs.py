@@ -162,14 +162,21 @@ def run_sweep() -> str:
 
 
 def sweep_needed() -> bool:
-    """Return whether a sweep would put something back: lost messages, work of dead processes, unsent calls."""
+    """Return whether a sweep would put something back: lost messages, work of dead processes, unsent calls.
+
+    Candidates of uncertain orders need no sweep: their checks are started here.
+    """
+    resources = process_resources()
     try:
-        with process_resources().engine.connect() as connection:
+        with resources.engine.connect() as connection:
             now = database_now(connection)
             signs = sweep_signs(connection, now=now, queued_before=now - TAKEN_WITHIN)
-            if signs.calls or signs.orders or (signs.claims and dead_holders(claim_holders(connection))):
-                return True
-            return signs.outputs and sweep_signs(connection, now=now, queued_before=now - _lost_after()).outputs
+            is_needed = signs.calls or signs.orders or (signs.claims and bool(dead_holders(claim_holders(connection))))
+            if signs.outputs and not is_needed:
+                is_needed = sweep_signs(connection, now=now, queued_before=now - _lost_after()).outputs
+        if signs.candidates:  # after the connection is closed: on SQLite, its transaction would be in the way
+            resources.candidate_checks.start()
+        return is_needed
     except DATABASE_ERRORS as error:
         log.error("the sweep waits for the database reason=%s", describe_error(error, settings.database))
         return False

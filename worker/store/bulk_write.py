@@ -142,7 +142,8 @@ def insert_missing(connection: Connection, table: Table, row: Mapping[str, Any])
             statement = sqlite.insert(table).values(row).on_conflict_do_nothing()
         case _:
             statement = mysql.insert(table).prefix_with("IGNORE").values(row)
-    return bool(connection.execute(statement).rowcount)
+    # Without the option, the number of inserted rows is not known on PostgreSQL: it is -1, which counts as true.
+    return connection.execute(statement, execution_options={"preserve_rowcount": True}).rowcount > 0
 
 
 def _seconds(value: object) -> float:

@@ -349,6 +349,19 @@ orders = Table(
     comment="what apps ordered: the payload of each order, and whether it was sent",
 )
 
+candidates = Table(
+    "fetch_candidates",
+    metadata,
+    Column("job_id", _Id, ForeignKey("fetch_jobs.id", ondelete="CASCADE"), primary_key=True, autoincrement=False),
+    Column("remote_id", String(128), primary_key=True),
+    Column("named_at", UtcDateTime, nullable=False),
+    Column("due_at", UtcDateTime),  # when the API is asked about it; NULL: it is decided
+    Column("tries", Integer, nullable=False, server_default="0"),
+    Column("note", Text),  # what the API said about it
+    Index("ix_fetch_candidates_due_at", "due_at", **_where("due_at IS NOT NULL")),
+    comment="remote ids that calls of the API named for orders whose answer is not known",
+)
+
 slots = Table(
     "fetch_slots",
     metadata,

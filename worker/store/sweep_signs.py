@@ -1,10 +1,11 @@
-"""Signs that a sweep may be needed: claims, unsent `on_done` calls, lapsed orders, and outputs in no queue."""
+"""Signs that there is work for a sweep: claims, unsent `on_done` calls, lapsed orders, and outputs in no queue."""
 
 from dataclasses import dataclass
 from datetime import datetime
 
 from sqlalchemy import Connection, bindparam, or_, select
 
+from worker.store.candidates import has_due_candidates
 from worker.store.claims import CLAIMED_TABLES, outputs_to_queue
 from worker.store.on_done import GIVE_UP, due_calls
 from worker.store.schema import jobs, orders, outputs
@@ -19,6 +20,7 @@ _SIGNS = select(
     select(jobs.c.id).where(*due_calls(_NOW, _GIVEN_UP_BEFORE)).exists().label("calls"),
     select(outputs.c.id).where(*outputs_to_queue(_NOW, _QUEUED_BEFORE)).exists().label("outputs"),
     select(orders.c.id).where(orders.c.claim_holder.is_not(None), orders.c.due_at <= _NOW).exists().label("orders"),
+    has_due_candidates(_NOW).label("candidates"),
 )
 
 
@@ -26,13 +28,15 @@ _SIGNS = select(
 class SweepSigns:
     """Whether there are claims, due calls, outputs to queue, and orders whose lease has ended.
 
-    Some of the claims may be of dead processes.
+    Some of the claims may be of dead processes. `candidates`: the API can be asked about a job that may be an uncertain
+    order's.
     """
 
     claims: bool
     calls: bool
     outputs: bool
     orders: bool
+    candidates: bool
 
 
 def sweep_signs(connection: Connection, *, now: datetime, queued_before: datetime) -> SweepSigns:

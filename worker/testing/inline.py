@@ -33,7 +33,7 @@ from worker.store.events import claim_events, create_events, record_delivery
 from worker.store.jobs import job_row, outputs_of
 from worker.testing.clock import Clock
 from worker.testing.stand_in import FetchApi
-from worker.testing.works import LEASE, DownloadWork, KitError, OrderWork, PollWork, Work, adapters
+from worker.testing.works import LEASE, CandidateWork, DownloadWork, KitError, OrderWork, PollWork, Work, adapters
 
 GRACE = timedelta(minutes=10) + PROMISE_PATIENCE  # how long a job may run past its last deadline
 ORDER_GRACE = timedelta(hours=6)  # how much longer an order may wait to be sent: it does not expire
@@ -85,6 +85,7 @@ class FetchWorker(Workers):
         self.works: list[Work] = [
             self._orders,
             self._polls,
+            CandidateWork(engine, settings),
             DownloadWork(engine, settings),
             _OnDoneWork(self),
             _WebhookWork(self),
@@ -109,11 +110,18 @@ class FetchWorker(Workers):
                     raise JobNotFound(f"there is no job {job_id}: was the transaction that tracked it committed?")
                 if job.final or job.status == "uncertain":
                     self._finish_due_work()
-                    return job
+                    if job.final or self._stays_uncertain(job_id):
+                        return job
+                    continue
                 self._check_deadline(job, started_at)
                 if not self._step(None):
                     self._check_stuck(job.id)
         raise AssertionError("unreachable")
+
+    def _stays_uncertain(self, job_id: int) -> bool:
+        """Return whether an uncertain order still is, after the due work: a call may have named its job."""
+        job = client_jobs.get(job_id)
+        return job is not None and job.status == "uncertain"
 
     def run_all(self) -> list[Job]:
         """Run until all jobs are final, including jobs tracked meanwhile. Return the jobs that it ran, by id.

@@ -1,6 +1,7 @@
 """The kinds of work that the worker of the test kit does: polls, orders and downloads, one request at a time."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import cache
@@ -17,6 +18,7 @@ from worker.downloads.options import download_options
 from worker.errors import WorkerError
 from worker.net.address_guard import Guard, guarded_adapter
 from worker.net.pooled_adapter import PooledAdapter
+from worker.ordering.candidate_checks import CandidateChecks
 from worker.ordering.options import AfterRecording, order_options
 from worker.ordering.order_client import OrderClient
 from worker.ordering.submitter import Submitter
@@ -25,6 +27,7 @@ from worker.polling.options import AfterCommit, PollOptions
 from worker.polling.poller import Poller
 from worker.settings import Settings
 from worker.storage.select import storage_for
+from worker.store.candidates import accounts_with_candidates, next_candidate
 from worker.store.due_work import due_outputs, next_download, next_request, waiting_jobs
 from worker.store.engine import database_now
 from worker.store.orders import accounts_with_orders, next_order
@@ -59,23 +62,10 @@ class PollWork(Work):
         self._keys: dict[str, SecretStr] = {}
         self._poller = Poller(
             engine=engine,
-            api=ApiClient(
-                settings.api,
-                _scrubber(settings),
-                timeout=settings.sd_api_timeout,
-                connections=1,
-                adapter=adapters()[0],
-                status_words=settings.status_words,
-            ),
+            api=_api_client(settings),
             budget=_NoRateLimit(),
             leases=_Leases(engine, lease=LEASE),
-            options=PollOptions(
-                keys=self._keys,
-                rps=settings.rps,
-                pace=settings.pace,
-                api_timeout=settings.sd_api_timeout,
-                threads=1,
-            ),
+            options=_poll_options(settings, self._keys),
             after_commit=AfterCommit(queue_downloads=_do_nothing, notify=_do_nothing),
             rng=random.Random(0),  # the same poll times in every run of a test
         )
@@ -137,6 +127,33 @@ class OrderWork(Work):
         self._submitter.close()
 
 
+class CandidateWork(Work):
+    """The checks of the jobs that calls of the API's webhook name for uncertain orders."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self._engine = engine
+        self._keys: dict[str, SecretStr] = {}
+        self._checks = CandidateChecks(
+            engine=engine,
+            api=_api_client(settings),
+            budget=_NoRateLimit(),
+            options=_poll_options(settings, self._keys),
+            attached=lambda: None,
+        )
+
+    def do(self) -> bool:
+        with self._engine.connect() as connection:
+            accounts = accounts_with_candidates(connection)
+        if not accounts:
+            return False
+        self._keys.update({account: SecretStr(KEY) for account in accounts})  # every account in a test has a key
+        return self._checks.run() > 0
+
+    def next(self, after: datetime) -> datetime | None:
+        with self._engine.connect() as connection:
+            return next_candidate(connection, after=after)
+
+
 class DownloadWork(Work):
     """The work of `worker.download`."""
 
@@ -196,6 +213,21 @@ def adapters() -> tuple[PooledAdapter, PooledAdapter]:
     """Return the adapters for the API and for downloads. Made once per process: loading CA certificates is slow."""
     loopback = Settings(output_allowed_networks="127.0.0.0/8").allowed_networks
     return PooledAdapter(limit=MAX_ANSWER_BYTES, connections=1), guarded_adapter(Guard(loopback), connections=1)
+
+
+def _api_client(settings: Settings) -> ApiClient:
+    return ApiClient(
+        settings.api,
+        _scrubber(settings),
+        timeout=settings.sd_api_timeout,
+        connections=1,
+        adapter=adapters()[0],
+        status_words=settings.status_words,
+    )
+
+
+def _poll_options(settings: Settings, keys: Mapping[str, SecretStr]) -> PollOptions:
+    return PollOptions(keys=keys, rps=settings.rps, pace=settings.pace, api_timeout=settings.sd_api_timeout, threads=1)
 
 
 def _scrubber(settings: Settings) -> Scrubber:

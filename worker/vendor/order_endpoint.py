@@ -3,8 +3,9 @@
 import re
 from typing import NamedTuple
 
+from worker.core.identity import FetchAddress
 from worker.errors import NotTrackable, RefusedAddress
-from worker.vendor.fetch_url import MAX_ADDRESS, AllowedApi, Order, order_and_path
+from worker.vendor.fetch_url import MAX_ADDRESS, AllowedApi, Order, fetch_address, order_and_path
 
 # This excludes userinfo, query, fragment, percent signs, backslashes and white space.
 _NOT_PLAIN = re.compile(r"[^A-Za-z0-9._:/\[\]-]", re.ASCII)
@@ -48,6 +49,12 @@ def order_target(endpoint: object, api: AllowedApi) -> OrderTarget:
         path = path.lower()
         _check_is_order(path)
     return OrderTarget(f"{order.site}/api/{path}", order.site.partition("://")[2], path, order)
+
+
+def address_of_order(endpoint: str, remote_id: str, api: AllowedApi) -> FetchAddress:
+    """Return the fetch address of the job that an order created. Raises the errors of `order_target`."""
+    target = order_target(endpoint, api)
+    return fetch_address(target.order.fetch_url(remote_id), remote_id, api)
 
 
 def _check_is_plain(text: str) -> None:

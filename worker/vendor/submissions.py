@@ -190,6 +190,14 @@ def submission(remote: object, status_words: Mapping[str, str] = NO_STATUS_WORDS
     return Submission(_bare_id(remote)) if answer is None else _submission(answer, status_words)
 
 
+def named_id(body: bytes) -> str | None:
+    """Return the id of the job in the body of a call of the API's webhook, or None. `body` may be any bytes."""
+    fields = json_object(body)
+    if fields is None:
+        return None
+    return _remote_id(fields, is_ready=True, is_training=_is_training(fields))
+
+
 def _bare_id(remote: object) -> str:
     """Return an id that was passed alone. Raises NotTrackable; the message says what can be passed."""
     if isinstance(remote, bool) or not isinstance(remote, (str, int)):

@@ -1,8 +1,8 @@
 """The webhook that the hosted API calls when a job is done: a signed URL, and an earlier poll when it is called.
 
-The API calls the `webhook` URL of a submission. It does not sign the call, so the body is never read. A call only makes
-the worker poll the jobs of one reference earlier, at most every `POLL_MIN` seconds. If a call is lost, the job is found
-by its next poll.
+The API calls the `webhook` URL of a submission. It does not sign the call, so nothing in the body is believed. A call
+makes the worker poll the jobs of one reference earlier, at most every `POLL_MIN` seconds. If a call is lost, the job is
+found by its next poll. For an order whose answer is lost, the id in the body is a hint: the API is asked about it.
 """
 
 import base64
@@ -16,9 +16,11 @@ from worker.client.actions import nudge_reference
 from worker.client.job_options import checked_reference
 from worker.errors import NotTrackable, SettingsError, Unavailable
 from worker.settings import load
+from worker.vendor.submissions import named_id
 
 # Makes these keys differ from those that sign the webhooks to apps.
 PURPOSE = b"fetch-worker: addresses that the API calls, 1"
+MAX_BODY = 64 * 1024  # bytes of a call that are read: the id and the links of a job
 _PLAIN = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]+")
 _ENCODED = "~"
 
@@ -42,23 +44,23 @@ def hook_url(base: str, reference: str | int) -> str:
     return f"{base.rstrip('/')}/{_segment(text)}/{_signature(keys[0], text)}"
 
 
-def received(reference: str, signature: str) -> bool:
-    """Process a call, given as the last two parts of its path. Return False if the signature is wrong.
+def received(reference: str, signature: str, body: bytes = b"") -> bool:
+    """Process a call, given as the last two parts of its path, and its body. Return False if the signature is wrong.
 
-    With a valid signature, the jobs with that reference are polled earlier. There may be none. An invalid
-    call makes no database query. Raises Unavailable.
+    With a valid signature, the jobs with that reference are polled earlier. There may be none. Of the body, at most
+    `MAX_BODY` bytes are needed. An invalid call makes no database query. Raises Unavailable.
     """
     text = _reference(reference)
     if text is None or not _signed(_keys(), text, signature):
         return False
-    nudge_reference(text)
+    nudge_reference(text, named_id(body))
     return True
 
 
-def status_of(reference: str, signature: str) -> int:
-    """Process a call and return the HTTP status: 204 accepted, 404 wrong signature, 503 database not available."""
+def status_of(reference: str, signature: str, body: bytes = b"") -> int:
+    """Process a call as `received` does. Return the HTTP status: 204, 404 (wrong signature) or 503 (no database)."""
     try:
-        return 204 if received(reference, signature) else 404
+        return 204 if received(reference, signature, body) else 404
     except Unavailable:
         return 503
 

@@ -1,15 +1,27 @@
 """The handler of the API's webhook for FastAPI and Starlette: `app.mount("/api-hook", router)`."""
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 
-from worker.client.hooks import status_of
+from worker.client.hooks import MAX_BODY, status_of
 
 
-def hook(request: Request) -> Response:
-    """Process a call of the API, in a thread and not on the event loop."""
-    return Response(status_code=status_of(request.path_params["reference"], request.path_params["signature"]))
+async def hook(request: Request) -> Response:
+    """Process a call of the API. The database is used in a thread and not on the event loop."""
+    reference, signature = request.path_params["reference"], request.path_params["signature"]
+    body = await _start_of_body(request)
+    return Response(status_code=await run_in_threadpool(status_of, reference, signature, body))
+
+
+async def _start_of_body(request: Request) -> bytes:
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) >= MAX_BODY:
+            break
+    return body[:MAX_BODY]
 
 
 router = Router([Route("/{reference}/{signature}", hook, methods=["POST"])])

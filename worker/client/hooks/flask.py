@@ -1,8 +1,8 @@
 """The handler of the API's webhook for Flask: `app.register_blueprint(blueprint, url_prefix="/api-hook")`."""
 
-from flask import Blueprint, Response
+from flask import Blueprint, Response, request
 
-from worker.client.hooks import status_of
+from worker.client.hooks import MAX_BODY, status_of
 
 blueprint = Blueprint("fetch_worker_hook", __name__)
 
@@ -10,4 +10,4 @@ blueprint = Blueprint("fetch_worker_hook", __name__)
 @blueprint.post("/<reference>/<signature>")
 def hook(reference: str, signature: str) -> Response:
     """Process a call of the API."""
-    return Response(status=status_of(reference, signature))
+    return Response(status=status_of(reference, signature, request.stream.read(MAX_BODY)))
