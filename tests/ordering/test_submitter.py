@@ -19,7 +19,6 @@ from worker.store.order_results import (
     Taken,
     TakenOrder,
     attach,
-    has_lapsed_orders,
     lock_attempts,
     record_taken,
     release_lapsed_orders,
@@ -27,6 +26,7 @@ from worker.store.order_results import (
 )
 from worker.store.orders import ClaimedOrder, claim_orders, mark_attempted
 from worker.store.schema import breakers, jobs, orders, outputs
+from worker.store.sweep_signs import sweep_signs
 from worker.vendor.fetch_url import fetch_address
 
 LEASE = timedelta(seconds=30)
@@ -380,12 +380,13 @@ def test_given_a_lost_sender_when_its_claims_are_released_then_only_an_order_who
 
     with sending.engine.begin() as connection:
         now = database_now(connection)
-        assert not has_lapsed_orders(connection, now=now)
+        assert not sweep_signs(connection, now=now, queued_before=now).orders
         if lost == "its process is dead":
             released = release_orders_of(connection, [sending.leases.holder], now=now)
         else:
-            assert has_lapsed_orders(connection, now=now + LEASE)
-            released = release_lapsed_orders(connection, now=now + LEASE)
+            later = now + LEASE
+            assert sweep_signs(connection, now=later, queued_before=now).orders
+            released = release_lapsed_orders(connection, now=later)
 
     assert (released.due, released.uncertain) == (((), (job_id,)) if attempted else ((job_id,), ()))
     assert sending.job(job_id).status == state

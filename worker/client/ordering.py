@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from worker.client.connection import cached_settings, existing_job, transaction
-from worker.client.job_options import CeleryTask, JobOptions, TrackOptions, checked_kind, checked_options
+from worker.client.job_options import CeleryTask, TrackOptions, checked_kind, checked_options
 from worker.client.sessions import TrackingSession
 from worker.client.tracking import CreatedJob, TrackedJob, commit, insert_in_session
 from worker.client.workers import wake
@@ -24,7 +24,7 @@ from worker.store.engine import database_now
 from worker.store.order_results import attach as attach_order
 from worker.store.orders import NewOrder, insert_order, job_of_order, order_row
 from worker.system.redaction import Scrubber, shared_scrubber
-from worker.vendor.order_endpoint import OrderTarget, address_of_order, order_target
+from worker.vendor.order_endpoint import address_of_order, order_target
 from worker.vendor.submissions import kind_of_order
 
 MAX_PAYLOAD = 8 * 1024 * 1024  # bytes of JSON
@@ -132,45 +132,32 @@ def planned_order(
     try:
         checked = checked_options(settings, scrubber, given)
         target = order_target(endpoint, settings.api)
-        text = _checked_payload(payload, settings)
-        return _new_order(settings, scrubber, key, str(endpoint).strip(), target, text, payload, checked)
+        fields = _checked_fields(payload)
+        text = _payload_text(fields, settings)
+        kind = checked_kind(checked.kind or kind_of_order(target.order, fields))
+        deadline = settings.deadline_for(kind) if checked.deadline is None else checked.deadline
+        return NewOrder(
+            key=key,
+            account=checked.account,
+            endpoint=str(endpoint).strip(),
+            host=target.host,
+            payload=text,
+            kind=scrubber.text(kind),
+            eta=None if checked.eta is None or checked.eta > deadline else checked.eta,
+            priority=checked.priority,
+            reference=checked.reference,
+            on_done=checked.on_done,
+            webhook_url=checked.webhook_url,
+            deadline=deadline,
+        )
     except RefusedAddress as refused:
         raise RefusedAddress(scrubber.text(str(refused))) from None
     except NotTrackable as refused:
         raise NotTrackable(scrubber.text(str(refused))) from None
 
 
-def _new_order(
-    settings: Settings,
-    scrubber: Scrubber,
-    key: str,
-    endpoint: str,
-    target: OrderTarget,
-    text: str,
-    payload: object,
-    options: JobOptions,
-) -> NewOrder:
-    fields = payload if isinstance(payload, Mapping) else {}
-    kind = checked_kind(options.kind or kind_of_order(target.order, fields))
-    deadline = settings.deadline_for(kind) if options.deadline is None else options.deadline
-    return NewOrder(
-        key=key,
-        account=options.account,
-        endpoint=endpoint,
-        host=target.host,
-        payload=text,
-        kind=scrubber.text(kind),
-        eta=None if options.eta is None or options.eta > deadline else options.eta,
-        priority=options.priority,
-        reference=options.reference,
-        on_done=options.on_done,
-        webhook_url=options.webhook_url,
-        deadline=deadline,
-    )
-
-
-def _checked_payload(payload: object, settings: Settings) -> str:
-    """Return the payload as JSON. Raises NotTrackable if it is no object, too large, or contains an API key."""
+def _checked_fields(payload: object) -> dict[str, Any]:
+    """Return the fields of the order, without an empty key. Raises NotTrackable if there is a key, or no mapping."""
     if not isinstance(payload, Mapping):
         raise NotTrackable(f"payload must be a mapping with the fields of the order, not {type(payload).__name__}")
     if payload.get("key"):
@@ -178,6 +165,11 @@ def _checked_payload(payload: object, settings: Settings) -> str:
     fields = {name: value for name, value in payload.items() if name != "key"}
     if not all(isinstance(name, str) for name in fields):
         raise NotTrackable("payload must have text as names of its fields")
+    return fields
+
+
+def _payload_text(fields: Mapping[str, Any], settings: Settings) -> str:
+    """Return the fields as JSON. Raises NotTrackable if it is impossible, too large, or contains an API key."""
     try:
         text = json.dumps(fields, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:

@@ -236,12 +236,6 @@ def release_lapsed_orders(connection: Connection, *, now: datetime) -> ReleasedO
     return _release(connection, orders.c.claim_holder.is_not(None) & (orders.c.due_at <= now), now)
 
 
-def has_lapsed_orders(connection: Connection, *, now: datetime) -> bool:
-    """Return whether `release_lapsed_orders` would find an order."""
-    lapsed = (orders.c.claim_holder.is_not(None), orders.c.due_at <= now)
-    return connection.execute(select(orders.c.id).where(*lapsed).limit(1)).scalar() is not None
-
-
 def _release(connection: Connection, which: ColumnElement[bool], now: datetime) -> ReleasedOrders:
     query = select(jobs.c.id, jobs.c.status, orders.c.attempt_token).join(orders, orders.c.id == jobs.c.id)
     rows = connection.execute(query.where(which).order_by(jobs.c.id).with_for_update(skip_locked=True)).all()
