@@ -12,8 +12,9 @@ from sqlalchemy.engine import make_url
 
 from tests import servers
 from tests.metrics.exposition import Exposition, open_metrics, parse, registry_of
+from tests.planted_orders import add_at_api, add_order, add_uncertain, set_slots
 from tests.rows import NOW, add_job
-from worker.store.counters import Tally
+from worker.store.counters import ORDERS, Tally
 from worker.store.engine import make_engine
 from worker.store.schema import breakers
 
@@ -36,8 +37,13 @@ def everything(tmp_path: Path, migrated_sqlite: Path) -> Iterator[tuple[Expositi
     tally.finished("shop", "image", "completed")
     tally.attempt("stored", seconds=0.2, stored_bytes=42)
     tally.attempt("http_error", seconds=0.2)
+    tally.add(ORDERS, "taken", account="shop")
     with engine.begin() as connection:
         add_job(connection, account="shop")
+        add_order(connection, "2", account="shop")
+        add_at_api(connection, "3", account="shop")
+        add_uncertain(connection, "4", account="shop")
+        set_slots(connection, 3, "shop")
         until = NOW + timedelta(days=9_999)
         slowed = {
             "reason": "rate limited",

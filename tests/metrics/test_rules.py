@@ -19,7 +19,7 @@ VALUES = {
     "status": set(STATES),
     "answer": {name.metric for name in ANSWER_NAMES.values()},
     "reason": {*HOLD_CLASSES, NO_KEY},
-    "scope": {"account", "host"},
+    "scope": {"account", "host", "job", "output", "webhook", "order"},  # of holds, and of claims
     "code": set(CODES),
     "outcome": {"stored", "delivered", "failed"},
 }
