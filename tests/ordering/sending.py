@@ -73,7 +73,8 @@ class Sending:
             **changes,
         )
         self.leases = LeaseKeeper(engine, lease=timedelta(seconds=lease), holder=holder)
-        self.client = OrderClient(self.options, Scrubber([KEY]), PooledAdapter(limit=MAX_ANSWER_BYTES, connections=1))
+        self.scrubber = Scrubber([KEY])
+        self.client = OrderClient(self.options, self.scrubber, PooledAdapter(limit=MAX_ANSWER_BYTES, connections=1))
         self.submitter = Submitter(
             engine=engine,
             client=self.client,

@@ -52,6 +52,35 @@ def test_given_an_order_when_it_is_sent_then_its_job_is_polled_and_the_key_is_in
     assert sandbox.charges.charged == 1
 
 
+@pytest.mark.parametrize(
+    ("status", "message", "state"),
+    [
+        (400, "The prompt field is required", "failed"),
+        (200, "Invalid Api Key", "ordered"),
+        (429, "Rate limit exceeded", "ordered"),
+        (429, "Maximum 5 queued requests allowed", "ordered"),
+        (503, "Try again later", "ordered"),
+        (504, "Gateway time-out", "uncertain"),
+    ],
+)
+def test_given_an_answer_that_quotes_the_start_of_a_key_when_it_is_recorded_then_it_is_in_no_row(
+    sending: Sending, sandbox: Sandbox, status: int, message: str, state: str
+) -> None:
+    """Whole keys are removed before an answer is read. An API that shortens a key in its messages quotes a part."""
+    key = "Zebra7Qx0123456789abcdef/+=&end"
+    sending.scrubber.add([key])
+    job_id = sending.order()
+    refuse_next(sandbox, f"{message}: {key[:-4]}…", status=status)
+
+    sending.submit()
+
+    with sending.engine.connect() as connection:
+        held = connection.execute(select(breakers)).all()
+    assert sending.job(job_id).status == state
+    assert "[key]" in str(sending.row(job_id).last_error)
+    assert key[:16] not in f"{sending.job(job_id)} {sending.row(job_id)} {held}"
+
+
 def test_given_an_order_that_is_ready_at_once_when_it_is_sent_then_its_outputs_are_downloaded_and_its_slot_is_free(
     sending: Sending, sandbox: Sandbox
 ) -> None:

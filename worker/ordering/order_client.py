@@ -3,12 +3,13 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import requests
 from pydantic import SecretStr
 from urllib3.exceptions import HTTPError
 
-from worker.core.order_reply import AnswerLost, OrderNotSent, OrderReply
+from worker.core.order_reply import AnswerLost, OrderNotSent, OrderReply, OrderTaken
 from worker.net.deadlines import TimeLimit
 from worker.net.network_errors import describe
 from worker.net.pooled_adapter import NothingSent, PooledAdapter
@@ -67,9 +68,11 @@ class OrderClient:
         return self._scrubbed(reply)
 
     def _scrubbed(self, reply: OrderReply) -> OrderReply:
-        if isinstance(reply, AnswerLost):
-            return AnswerLost(self._scrubber.text(reply.message))
-        return reply
+        """Return the reply, its message without shortened keys either: APIs quote the beginning of a key."""
+        if isinstance(reply, OrderTaken):
+            return reply if reply.warning is None else replace(reply, warning=self._scrubber.text(reply.warning))
+        message = self._scrubber.text(reply.message)
+        return reply if message == reply.message else replace(reply, message=message)
 
 
 def with_key(payload: str, key: SecretStr) -> bytes:
