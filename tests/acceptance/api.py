@@ -23,7 +23,8 @@ from urllib.parse import quote
 
 FAIL_WITH = "says:"  # script entry: answer "failed" with the rest of the entry as message
 TIP = "Get 20x faster image generation using enterprise plan. Click here : https://modelslab.com/enterprise"
-FETCH_PATH = re.compile(r"/api/v3/fetch/([A-Za-z0-9][A-Za-z0-9_-]{0,127})")
+FETCH_PATH = re.compile(r"/api/(?:v3|v6/images)/fetch/([A-Za-z0-9][A-Za-z0-9_-]{0,127})")
+ORDER_PATH = "/api/v6/images/text2img"
 PICTURE_PATH = re.compile(r"/generations/([A-Za-z0-9_-]+)\.(\d+)\.png")
 PICTURE_TYPES = ("image/png", "text/plain", "application/octet-stream")
 
@@ -49,6 +50,19 @@ class ApiJob:
 
 
 @dataclass(frozen=True, slots=True)
+class ApiOrder:
+    """An order that the API expects. It names itself by its field `track_id`; if it is taken, its job is `job`.
+
+    `answer` is `taken_echo`, `ready_echo`, `error_echo`, `gateway_echo`, `cut_echo` (the connection ends within the
+    answer), or FAIL_WITH and a message.
+    """
+
+    track_id: str
+    answer: str
+    job: ApiJob
+
+
+@dataclass(frozen=True, slots=True)
 class ApiBehaviour:
     """The behaviour of the API for all jobs."""
 
@@ -71,6 +85,17 @@ class FetchCall:
     remote_id: str
     key: str
     answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class OrderCall:
+    """A request with an order: its time, name, key, the name of its answer, and the fields other than the key."""
+
+    began: float
+    track_id: str
+    key: str
+    answer: str
+    payload: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +139,9 @@ class ApiState:
     behaviour: ApiBehaviour = field(default_factory=ApiBehaviour)
     pictures_address: str = ""
     jobs: dict[str, ApiJob] = field(default_factory=dict)
+    orders: dict[str, ApiOrder] = field(default_factory=dict)
     calls: list[FetchCall] = field(default_factory=list)
+    order_calls: list[OrderCall] = field(default_factory=list)
     gets: list[PictureGet] = field(default_factory=list)
     strays: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -126,6 +153,11 @@ class ApiState:
         with self.lock:
             self.jobs.update({job.remote_id: job for job in jobs})
 
+    def expect(self, orders: Sequence[ApiOrder]) -> None:
+        """Add orders that may come."""
+        with self.lock:
+            self.orders.update({order.track_id: order for order in orders})
+
     def behave(self, **changes: Any) -> None:
         """Change the behaviour from the next request on."""
         with self.lock:
@@ -136,6 +168,7 @@ class ApiState:
         with self.lock:
             return {
                 "calls": [asdict(call) for call in self.calls],
+                "orders": [asdict(call) for call in self.order_calls],
                 "gets": [asdict(get) for get in self.gets],
                 "strays": list(self.strays),
             }
@@ -152,8 +185,7 @@ class ApiState:
         """Return the name, HTTP status and body of the answer to a fetch call."""
         with self.lock:
             if key not in self.behaviour.accept:
-                text = "Invalid Api Key" + (f": {key}" if self.behaviour.echo_rejected else "")
-                return "wrong_key", self.behaviour.rejected_status, _error(text, "4. Make sure you have valid API key.")
+                return self._rejected(key)
             self._recent.append(now)
             while self._recent[0] <= now - 1.0:
                 self._recent.popleft()
@@ -173,6 +205,33 @@ class ApiState:
         if now < job.started + job.seconds:
             return "processing", 200, _processing(previous_calls)
         return "success", 200, self._success(job, key)
+
+    def order_answer(self, track_id: str, key: str, payload: Mapping[str, Any]) -> tuple[str, int, object]:
+        """Return the name, HTTP status and body of the answer to an order. A job begins if it is taken."""
+        with self.lock:
+            if key not in self.behaviour.accept:
+                return self._rejected(key)
+            order = self.orders.get(track_id)
+            if order is None:
+                return "unexpected", 200, _error("Invalid API Request", "the program expects no such order")
+            echo = {"tip": f"thanks, {key}", "meta": {"key": key, "quoted": quote(key, safe=""), **payload}}
+            if order.answer in ("taken_echo", "ready_echo", "cut_echo"):
+                self.jobs[order.job.remote_id] = order.job
+        match order.answer:
+            case "ready_echo":
+                return order.answer, 200, self._success(order.job, key) | echo
+            case "taken_echo" | "cut_echo":
+                return order.answer, 200, _taken(order.job.remote_id, key) | echo
+            case "error_echo":
+                return order.answer, 200, _error(f"The order of key {key} ({quote(key, safe='')}) is refused", key)
+            case "gateway_echo":
+                return order.answer, 502, f"<html><body>Bad gateway. Request: {json.dumps({'key': key})}</body></html>"
+            case _:
+                return "failed", 200, {"status": "failed", "message": order.answer[len(FAIL_WITH) :], "output": ""}
+
+    def _rejected(self, key: str) -> tuple[str, int, object]:
+        text = "Invalid Api Key" + (f": {key}" if self.behaviour.echo_rejected else "")
+        return "wrong_key", self.behaviour.rejected_status, _error(text, "4. Make sure you have valid API key.")
 
     def _scripted(self, job: ApiJob, name: str, key: str) -> tuple[str, int, object]:
         match name:
@@ -228,6 +287,18 @@ def _error(message: str, tip: str) -> dict[str, object]:
     return {"status": "error", "message": message, "tip": tip}
 
 
+def _taken(remote_id: str, key: str) -> dict[str, object]:
+    """Return the answer to an order that was taken. It quotes the key where software on its way would."""
+    return {
+        "status": "processing",
+        "id": int(remote_id),
+        "eta": 1,
+        "message": f"The order of key {key} is processed",
+        "webhook_status": f"called with {key}",
+        "output": [],
+    }
+
+
 def _processing(previous_calls: int) -> dict[str, object]:
     """Return a "processing" answer. As in the real API it has no id and no eta, and its form varies."""
     forms: tuple[dict[str, object], ...] = (
@@ -267,30 +338,46 @@ class _RecordingHandler(BaseHTTPRequestHandler):
 
 
 class ApiHandler(_RecordingHandler):
-    """Handles POST /api/v3/fetch/{id} for the product, and /control/ for the test program."""
+    """Handles fetch calls and orders for the product, and /control/ for the test program."""
 
     def do_POST(self) -> None:
-        """Answer a fetch call or a control request."""
+        """Answer a fetch call, an order or a control request."""
         began, body = time.time(), self.body()
         if self.path.startswith("/control/"):
             self._control(body)
             return
         match = FETCH_PATH.fullmatch(self.path)
-        if match is None:
+        if match is None and self.path != ORDER_PATH:
             self._stray(f"POST {self.path}")
             return
         try:
             parsed = json.loads(body)
-            key = parsed["key"]
-        except (ValueError, TypeError, KeyError):
+            key = parsed.pop("key")
+        except (ValueError, TypeError, KeyError, AttributeError):
             self.api.strays.append(f"POST {self.path} without a key in a JSON body")
             self.reply(200, _error("Invalid API Request", "1. Make sure you are passing Content-Type."))
+            return
+        if match is None:
+            self._order(began, str(key), parsed)
             return
         name, status, answer = self.api.answer(match[1], str(key), began)
         time.sleep(self.api.behaviour.latency_seconds)
         with self.api.lock:  # before the answer is sent, so that the ledger is never behind
             self.api.calls.append(FetchCall(began, time.time(), match[1], str(key), name))
         self.reply(status, answer)
+
+    def _order(self, began: float, key: str, payload: dict[str, Any]) -> None:
+        track_id = str(payload.get("track_id"))
+        name, status, answer = self.api.order_answer(track_id, key, payload)
+        with self.api.lock:  # before the answer is sent, so that the ledger is never behind
+            self.api.order_calls.append(OrderCall(began, track_id, key, name, payload))
+        if name != "cut_echo":
+            self.reply(status, answer)
+            return
+        data = json.dumps(answer).encode()
+        self.close_connection = True
+        self.head(status, len(data), "application/json")
+        self.wfile.write(data[:-1])
 
     def do_GET(self) -> None:
         """Return the ledger. Any other GET request is recorded as a stray."""
@@ -302,6 +389,8 @@ class ApiHandler(_RecordingHandler):
     def _control(self, body: bytes) -> None:
         request: Mapping[str, Any] = json.loads(body)
         self.api.register([_job(entry) for entry in request.get("jobs", ())])
+        orders = request.get("orders", ())
+        self.api.expect([ApiOrder(order["track_id"], order["answer"], _job(order["job"])) for order in orders])
         changes = dict(request.get("behaviour", {}))
         if "accept" in changes:
             changes["accept"] = tuple(changes["accept"])

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.acceptance.api import ApiJob, FetchCall, PictureGet
+from tests.acceptance.api import ApiJob, ApiOrder, FetchCall, OrderCall, PictureGet
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,7 @@ class Ledger:
     """The requests that the API received, in order."""
 
     calls: tuple[FetchCall, ...]
+    orders: tuple[OrderCall, ...]
     gets: tuple[PictureGet, ...]
     strays: tuple[str, ...]
 
@@ -90,6 +91,10 @@ class ApiProcess:
         """Add jobs to the API."""
         self._control("POST", "/control/jobs", {"jobs": [asdict(job) for job in jobs]})
 
+    def expect(self, orders: Sequence[ApiOrder]) -> None:
+        """Add orders that may come."""
+        self._control("POST", "/control/orders", {"orders": [asdict(order) for order in orders]})
+
     def behave(self, **changes: Any) -> None:
         """Change the behaviour of the API from the next request on."""
         self._control("POST", "/control/behaviour", {"behaviour": changes})
@@ -98,7 +103,9 @@ class ApiProcess:
         """Return all requests so far."""
         answer = self._control("GET", "/control/ledger")
         calls = sorted((FetchCall(**call) for call in answer["calls"]), key=lambda call: call.began)
-        return Ledger(tuple(calls), tuple(PictureGet(**get) for get in answer["gets"]), tuple(answer["strays"]))
+        orders = sorted((OrderCall(**call) for call in answer["orders"]), key=lambda call: call.began)
+        gets = (PictureGet(**get) for get in answer["gets"])
+        return Ledger(tuple(calls), tuple(orders), tuple(gets), tuple(answer["strays"]))
 
     def _control(self, method: str, path: str, body: object = None) -> dict[str, Any]:
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:

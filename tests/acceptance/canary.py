@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from secrets import token_hex
@@ -17,8 +17,9 @@ from urllib.parse import unquote, urlsplit
 
 import redis
 
-from tests.acceptance.api import FAIL_WITH, ApiJob, ApiOutput
+from tests.acceptance.api import FAIL_WITH, ApiJob, ApiOutput, OrderCall
 from tests.acceptance.api_process import ApiProcess
+from tests.acceptance.canary_orders import provoke_orders
 from tests.acceptance.deployment import FLOWER_LOGIN, Deployment, Installation, NotReady, wait_until
 from tests.acceptance.jobs import Size, check_no_foreign_connections, rows_of, track_by_name
 from tests.acceptance.main_job import start_working
@@ -67,7 +68,9 @@ def canary_key(installation: Installation, home: Path, size: Size) -> Report:
         with _watched_redis(deployment) as commands, _captured_events(deployment) as events:
             _provoke(report, deployment, api)
             _provoke_spellings(report, deployment, api, key)
+            orders = provoke_orders(report, deployment, api, key)
             texts = {
+                "what apps, commands and admin pages say about orders": orders,
                 "the output of commands": _commands(deployment),
                 "the pages of Flower": _flower(report, deployment),
                 "the values in Redis": _redis_values(deployment),
@@ -90,11 +93,18 @@ def canary_key(installation: Installation, home: Path, size: Size) -> Report:
             ]
             report.none_of(f"not in {source} ({len(text)} bytes)", matches)
         report.check("events and commands were recorded", bool(events) and bool(commands))
-        used = {call.key for call in api.ledger().calls}
+        ledger = api.ledger()
+        used = {call.key for call in ledger.calls} | {call.key for call in ledger.orders}
         report.check("the key was in use all the time", used == {key}, len(used))
-        report.none_of("no key was sent to the picture host", [get for get in api.ledger().gets if get.carried_key])
+        report.none_of("no order carried the key in its payload", _orders_with_key(ledger.orders, key))
+        report.none_of("no key was sent to the picture host", [get for get in ledger.gets if get.carried_key])
         check_no_foreign_connections(report, deployment)
     return report
+
+
+def _orders_with_key(calls: Iterable[OrderCall], key: str) -> list[str]:
+    """Return the names of the orders whose fields, apart from the key, contain the key."""
+    return [call.track_id for call in calls if key in json.dumps(call.payload)]
 
 
 def _provoke(report: Report, deployment: Deployment, api: ApiProcess) -> None:
@@ -174,10 +184,10 @@ def _provoke_spellings(report: Report, deployment: Deployment, api: ApiProcess, 
 
 
 def _commands(deployment: Deployment) -> bytes:
-    results = [deployment.command("fetch-worker", *arguments) for arguments in (["status"], ["list"])]
+    results = [deployment.command("fetch-worker", *arguments) for arguments in (["status"], ["list"], ["unread"])]
     documents = [deployment.document("status"), deployment.document("list")]
-    for row in deployment.rows("SELECT id FROM fetch_jobs WHERE status <> 'completed'"):
-        documents.append(deployment.document("show", str(row["id"])))
+    ids = [str(row["id"]) for row in deployment.rows("SELECT id FROM fetch_jobs WHERE status <> 'completed'")]
+    documents.append(deployment.document("show", *ids))
     results.append(deployment.command("fetch-worker", "show", str(documents[1][0]["id"])))
     return json.dumps(documents).encode() + "".join(result.stdout + result.stderr for result in results).encode()
 

@@ -12,7 +12,17 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.acceptance.api import ApiBehaviour, ApiJob, ApiOutput, ApiServers, ApiState, picture
+from tests.acceptance.api import (
+    FAIL_WITH,
+    ORDER_PATH,
+    ApiBehaviour,
+    ApiJob,
+    ApiOrder,
+    ApiOutput,
+    ApiServers,
+    ApiState,
+    picture,
+)
 
 KEY = "the right key"
 
@@ -150,6 +160,52 @@ def test_a_script_answers_first_and_can_echo_the_key(servers: ApiServers) -> Non
 
     assert KEY in str(answers[0]["message"])
     assert [answer["status"] for answer in answers] == ["error", "processing", "success"]
+
+
+def place(servers: ApiServers, track_id: str, key: str = KEY) -> tuple[int, dict[str, object]]:
+    return send(servers, "POST", ORDER_PATH, json.dumps({"key": key, "track_id": track_id}))
+
+
+def test_an_order_is_answered_as_expected_and_its_job_can_be_fetched(servers: ApiServers) -> None:
+    servers.api.expect(
+        [
+            ApiOrder("a", "taken_echo", ready("7")),
+            ApiOrder("b", f"{FAIL_WITH}no, {KEY}", ready("8")),
+        ]
+    )
+
+    _, taken = place(servers, "a")
+    _, refused = place(servers, "b")
+
+    assert (taken["status"], taken["id"]) == ("processing", 7)
+    assert KEY in str(taken["tip"])
+    assert (refused["status"], refused["message"]) == ("failed", f"no, {KEY}")
+    assert send(servers, "POST", "/api/v6/images/fetch/7", json.dumps({"key": KEY}))[1]["status"] == "success"
+    assert ask(servers, "8")[1]["message"] == "Request not found"
+    assert [(call.track_id, call.key, call.payload) for call in servers.api.order_calls] == [
+        ("a", KEY, {"track_id": "a"}),
+        ("b", KEY, {"track_id": "b"}),
+    ]
+
+
+def test_an_order_with_a_wrong_key_or_of_another_program_is_refused(servers: ApiServers) -> None:
+    servers.api.expect([ApiOrder("a", "taken_echo", ready("7"))])
+    servers.api.behave(echo_rejected=True)
+
+    assert place(servers, "a", "wrong")[1]["message"] == "Invalid Api Key: wrong"
+    assert place(servers, "b")[1]["message"] == "Invalid API Request"
+    assert [call.answer for call in servers.api.order_calls] == ["wrong_key", "unexpected"]
+    assert not servers.api.jobs
+
+
+def test_an_answer_to_an_order_can_be_cut_after_the_job_began(servers: ApiServers) -> None:
+    servers.api.expect([ApiOrder("a", "cut_echo", ready("7"))])
+
+    with pytest.raises(http.client.IncompleteRead) as cut:
+        place(servers, "a")
+
+    assert KEY.encode() in cut.value.partial
+    assert ask(servers, "7")[1]["status"] == "success"
 
 
 def test_control_requests_set_jobs_and_return_the_ledger(servers: ApiServers) -> None:
