@@ -33,6 +33,7 @@ from worker.net.address_guard import Guard
 from worker.system.redaction import Scrubber
 from worker.vendor.answer_links import collect_links
 from worker.vendor.fetch_url import AllowedApi, fetch_address
+from worker.vendor.recent_outputs import LIST_PATHS, ListRequest, read_recent_outputs
 from worker.vendor.replies import Question, parse
 from worker.vendor.submissions import submission
 
@@ -44,6 +45,7 @@ USUAL_SUM_SECONDS = 0.012  # to sum up a million numbers
 COPY_SECONDS = 4e-9  # per character: time to copy it, which is longer in newly allocated memory
 KEYS = [f"{number:02d}{'Kq3vZ8mT1xRw5yLb7nPd0cGh2sJf6aUe9iDo4kXe'[number % 9 :]}" for number in range(100)]
 USES = uses()
+LIST_REQUEST = ListRequest("https://api.example", LIST_PATHS[0], "image")
 ALLOWED = AllowedApi("https://api.example/api/v3", frozenset({"api.example"}))
 BACKTRACKING = r"data:[\w.+-]*/?[\w.+-]*;", r"\w*prompt\w*[:=]", r"(?:a|a)*b", r"\s*x?\s*y", r"<.*?>", r"(?:%|a)*="
 
@@ -174,6 +176,11 @@ def answer(text: str) -> bytes:
     return json.dumps({"status": "error", "message": text, "output": [text, text]}).encode()
 
 
+def list_answer(text: str) -> bytes:
+    entries = [{"id": text, "output": text, "created_at": text}, {"id": 7, "output": [text], "created_at": text}]
+    return json.dumps({"message": text, "data": entries, "last_page": text}).encode()
+
+
 SCANNERS: dict[str, Callable[[str], object]] = {
     "Scrubber.text": scrubber.text,
     "Scrubber.link": scrubber.link,
@@ -194,6 +201,8 @@ SCANNERS: dict[str, Callable[[str], object]] = {
         429, {"Retry-After": text, "x-ratelimit-reset": text}, b"{}", Question("1", 0.0)
     ),
     "links": lambda text: collect_links([text, f"data:image/png;base64,{text}", f"data:{text}"]),
+    "recent outputs, the body": lambda text: read_recent_outputs(200, {}, encoded(text), LIST_REQUEST, now=0.0),
+    "recent outputs, values": lambda text: read_recent_outputs(200, {}, list_answer(text), LIST_REQUEST, now=0.0),
     "submission": submission,
     "checked_remote_id": checked_remote_id,
     "fetch_address": lambda text: fetch_address(f"https://api.example/{text}", "1", ALLOWED),

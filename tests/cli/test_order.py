@@ -3,13 +3,18 @@
 import io
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, select
 
 from tests.command_line import Run, command_runner
-from tests.rows import read_job, update_job
+from tests.planted import add_open_breaker
+from tests.planted_orders import add_uncertain
+from tests.rows import add_job, read_job, update_job
+from tests.web import Web, page
+from worker.sandbox import Sandbox, SandboxOptions
 from worker.store.schema import jobs, orders
 
 ENDPOINT = "v6/images/text2img"
@@ -112,3 +117,107 @@ def test_what_can_not_be_attached_is_refused_with_one_line(
     assert result.code == 1
     assert message in result.err
     assert result.err.count("\n") == 1
+
+
+# ── candidates ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+KEY = "sk-candidates-0123456789"
+
+
+@pytest.fixture
+def sandbox(monkeypatch: pytest.MonkeyPatch, redis_url: str) -> Iterator[Sandbox]:
+    """A stand-in in place of the API. Its jobs are ready at once."""
+    with Sandbox(SandboxOptions(key=KEY, min_seconds=0, max_seconds=0, size=32)) as running:
+        monkeypatch.setenv("SD_API_URL", running.url)
+        monkeypatch.setenv("SD_API_KEY", KEY)
+        monkeypatch.setenv("REDIS_URL", redis_url)
+        yield running
+
+
+def _uncertain(engine: Engine) -> int:
+    with engine.begin() as connection:
+        return add_uncertain(connection)
+
+
+def test_given_no_remote_id_when_a_candidate_is_chosen_then_its_command_attaches_it(
+    configured_sqlite: Engine, run: Run, sandbox: Sandbox
+) -> None:
+    lost = sandbox.submit("a lake", family=ENDPOINT, samples=2)
+    job_id = _uncertain(configured_sqlite)
+
+    listed = run("attach", str(job_id), "--json")
+    table = run("attach", str(job_id))
+    before = read_job(configured_sqlite, job_id).status
+
+    command = f"fetch-worker attach {job_id} {lost['id']}"
+    [candidate] = listed.document
+    assert (listed.code, table.code, before) == (0, 0, "uncertain")
+    assert {**candidate, "created_at": None} == {
+        **{"remote_id": str(lost["id"]), "created_at": None, "outputs": 2, "links": lost["output"]},
+        "command": command,
+    }
+    assert candidate["created_at"].endswith("Z")
+    assert command in table.out
+    assert lost["output"][0] in table.out
+    assert f"the command of the job that order {job_id} made. It was sent at " in table.out
+    assert run(*command.split()[1:]).code == 0
+    assert read_job(configured_sqlite, job_id).remote_id == str(lost["id"])
+
+
+def test_given_no_candidates_then_one_line_says_so_and_the_command_succeeds(
+    configured_sqlite: Engine, run: Run, sandbox: Sandbox
+) -> None:
+    job_id = str(_uncertain(configured_sqlite))
+
+    empty = run("attach", job_id)
+    with configured_sqlite.begin() as connection:
+        add_job(connection, str(sandbox.submit("a lake")["id"]))
+    known = run("attach", job_id)
+
+    assert (empty.code, known.code, run("attach", job_id, "--json").document) == (0, 0, [])
+    assert "the API's list of recent outputs of the type image is empty" in empty.out
+    assert "has nothing new: jobs here have its 1 remote id already" in known.out
+
+
+def test_given_an_account_without_such_a_list_then_one_line_says_so(
+    configured_sqlite: Engine, run: Run, sandbox: Sandbox, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SD_API_URL", f"{web.url}/api/v3")
+
+    result = run("attach", str(_uncertain(configured_sqlite)), "--json")
+
+    assert (result.code, result.out) == (1, "")
+    assert result.err == "fetch-worker: the API has no list of recent outputs for account default\n"
+
+
+def test_given_markup_and_control_characters_in_the_list_then_they_are_shown_as_they_are(
+    configured_sqlite: Engine, run: Run, sandbox: Sandbox, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SD_API_URL", f"{web.url}/api/v3")
+    entry = {"id": 7, "output": ["https://h/[red]a[/red]\x1b[31m.png"]}
+    web.serves("/api/v6/assets_generated", page(200, json.dumps({"data": [entry], "last_page": 1}).encode()))
+
+    result = run("attach", str(_uncertain(configured_sqlite)))
+
+    assert result.code == 0
+    assert "https://h/[red]a[/red]" in result.out
+    assert "\x1b" not in result.out
+
+
+@pytest.mark.parametrize(
+    ("job", "message"), [("4711", "there is no job 4711"), ("1", "job 1 is not uncertain"), ("2", "is held (")]
+)
+def test_given_a_job_without_candidates_then_one_line_says_why(
+    configured_sqlite: Engine, run: Run, sandbox: Sandbox, job: str, message: str
+) -> None:
+    with configured_sqlite.begin() as connection:
+        add_job(connection)
+        add_uncertain(connection)
+        add_open_breaker(connection, "account", "default", "no credits: Insufficient credits")
+
+    result = run("attach", job)
+
+    assert (result.code, result.out) == (1, "")
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert not sandbox.calls.by_path

@@ -16,9 +16,19 @@ from pydantic import SecretStr
 from tests.web import Web, drips, floods, head, page, resets, sends, web_server
 from worker.core.identity import FetchAddress
 from worker.core.reply import AccountRefused, ApiDown, ApiError, Processing, Ready, Reply, Unread
+from worker.errors import RefusedAddress, Unavailable
 from worker.polling.api_client import MAX_ANSWER_BYTES, ApiClient
 from worker.system.redaction import Scrubber
 from worker.vendor.fetch_url import AllowedApi, fetch_address
+from worker.vendor.recent_outputs import (
+    LIST_PATHS,
+    ListPage,
+    ListRefused,
+    ListReply,
+    ListRequest,
+    NoSuchList,
+    RecentOutput,
+)
 
 KEY = "sk/canary+7f3a"
 PATH = "/api/v3/fetch/1"
@@ -287,3 +297,62 @@ def test_endless_interim_responses_mean_that_the_api_is_down(web: Web) -> None:
     api = ApiClient(allowed, Scrubber([]), timeout=5.0, connections=1)
     assert isinstance(api.ask(fetch_address(None, "1", allowed), "1", SecretStr("k")).reply, ApiDown)
     api.session.close()
+
+
+# ── recent outputs ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+LIST = f"/api/{LIST_PATHS[0]}"
+
+
+def _recent(web: Web, *, site: str = "", timeout: float = 5.0) -> ListReply:
+    request = ListRequest(site or web.url, LIST_PATHS[0], "image", 2)
+    return _api(web, timeout=timeout).recent_outputs(request, SecretStr(KEY))
+
+
+def test_given_recent_outputs_then_the_key_is_sent_only_in_the_body(web: Web) -> None:
+    web.serves(LIST, page(200, b'[{"id": 7, "output": "https://h/a.png"}]'))
+
+    assert _recent(web) == ListPage((RecentOutput("7", ("https://h/a.png",)),))
+    [request] = web.requests
+    assert (request.method, request.path) == ("POST", LIST)
+    assert json.loads(request.body) == {"key": KEY, "type": "image", "page": 2}
+    assert KEY.encode() not in request.raw.removesuffix(request.body)
+
+
+def test_given_another_host_then_recent_outputs_are_not_asked_for(web: Web) -> None:
+    with web_server() as other_server:
+        with pytest.raises(RefusedAddress, match="SD_API_HOSTS"):
+            _recent(web, site=other_server.url)
+        web.serves(LIST, page(307, b"", Location=other_server.url + LIST))
+        assert isinstance(_recent(web), ListRefused)
+    assert other_server.requests == []
+
+
+@pytest.mark.parametrize("first", [head(200), head(200, Content_Length=str(40 * 1_048_576))])
+def test_given_an_answer_of_more_than_32_mib_then_the_list_is_refused(web: Web, first: bytes) -> None:
+    web.serves(LIST, floods(first, BLOCK, times=40))
+
+    reply = _recent(web, timeout=30)
+
+    assert isinstance(reply, ListRefused)
+    assert str(MAX_ANSWER_BYTES) in reply.message
+
+
+def test_given_a_slow_or_broken_answer_then_the_list_is_unavailable(web: Web) -> None:
+    for answer in (resets, sends(b"garbage\r\n\r\n"), drips(head(200), b" ", every=0.1, seconds=6)):
+        web.serves(LIST, answer)
+        with pytest.raises(Unavailable, match="no answer"):
+            _recent(web, timeout=1.0)
+
+
+def test_given_a_refusal_then_its_words_have_no_key(web: Web) -> None:
+    web.serves(LIST, page(200, json.dumps({"status": "error", "message": f"bad {KEY}"}).encode()))
+    refused = _recent(web)
+    web.serves(LIST, page(404, f"<html>{KEY}</html>".encode()))
+    missing = _recent(web)
+
+    assert isinstance(refused, ListRefused)
+    assert refused.message.startswith("bad ")
+    assert KEY not in refused.message
+    assert isinstance(missing, NoSuchList)
+    assert KEY not in missing.message

@@ -90,8 +90,8 @@ def _decision(context: JobContext) -> str:
     checked = any(candidate.due_at is not None for candidate in context.candidates)
     wait = "the API is asked about a job that its call named: wait a minute; then " if checked else ""
     return (
-        f"{wait}look at the API whether the job exists: if so, `fetch-worker attach "
-        f"{job_id} REMOTE_ID`; else `fetch-worker retry {job_id}`, which may be paid twice; "
+        f"{wait}look whether the API has the job (`fetch-worker attach {job_id}` lists candidates): if so, "
+        f"`fetch-worker attach {job_id} REMOTE_ID`; else `fetch-worker retry {job_id}`, which may be paid twice; "
         f"or give it up with `fetch-worker cancel {job_id}`"
     )
 

@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -25,6 +25,15 @@ from worker.system.redaction import Scrubber
 from worker.vendor.families import is_training
 from worker.vendor.fetch_url import AllowedApi, call_for, fetch_address
 from worker.vendor.order_endpoint import address_of_order
+from worker.vendor.recent_outputs import (
+    ListPage,
+    ListRefused,
+    ListReply,
+    ListRequest,
+    list_fields,
+    list_url,
+    read_recent_outputs,
+)
 from worker.vendor.replies import Question, parse
 from worker.vendor.shapes import TOO_LARGE
 
@@ -125,7 +134,7 @@ class ApiClient:
             body = self._scrubber.body(answer.body[:LARGE_ANSWER_BYTES])  # much more than is stored
             return ApiReply(unread, raw_answer(answer.status, body, self._scrubber, TOO_LARGE)), None
         question = Question(remote_id, time.time(), is_training(address.base), self._status_words)
-        with self._parsing_large if len(answer.body) > LARGE_ANSWER_BYTES else nullcontext():
+        with self._parsing(answer.body):
             return read_answer(self._scrubber, answer.status, answer.headers, answer.body, question), answer
 
     def whole_answer(self, address: FetchAddress, remote_id: str, key: SecretStr) -> tuple[int, bytes]:
@@ -138,18 +147,45 @@ class ApiClient:
         answer = self._call(address, remote_id, key, None)
         return answer.status, self._scrubber.body(answer.body[:MAX_ANSWER_BYTES])
 
+    def recent_outputs(self, request: ListRequest, key: SecretStr) -> ListReply:
+        """Ask for one page of the API's list of recent outputs. The limits are those of `ask`.
+
+        Raises RefusedAddress if the key may not be sent there, and Unavailable if no answer comes.
+        """
+        answer = self._request("POST", list_url(request, self._allowed), list_fields(request), key)
+        if len(answer.body) > MAX_ANSWER_BYTES:
+            return ListRefused(f"HTTP {answer.status} with an answer of more than {MAX_ANSWER_BYTES} bytes")
+        with self._parsing(answer.body):
+            body = self._scrubber.body(answer.body)
+            reply = read_recent_outputs(answer.status, answer.headers, body, request, now=time.time())
+        return reply if isinstance(reply, ListPage) else replace(reply, message=self._scrubber.text(reply.message))
+
+    def _parsing(self, body: bytes) -> AbstractContextManager[object]:
+        """Return the context in which an answer is parsed: large ones one at a time."""
+        return self._parsing_large if len(body) > LARGE_ANSWER_BYTES else nullcontext()
+
     def _call(
         self, address: FetchAddress, remote_id: str, key: SecretStr, permit: Callable[[], object] | None
     ) -> "_RawResponse":
         """Send the request about one job. Raises Unavailable if no answer comes, and whatever `permit` raises."""
         fetch_call = call_for(address)
-        fields = {"key": key.get_secret_value()}
-        if fetch_call.id_field is not None:
-            fields[fetch_call.id_field] = remote_id
+        fields = {} if fetch_call.id_field is None else {fetch_call.id_field: remote_id}
+        return self._request(fetch_call.method, address.url, fields, key, permit)
+
+    def _request(
+        self,
+        method: str,
+        url: str,
+        fields: Mapping[str, object],
+        key: SecretStr,
+        permit: Callable[[], object] | None = None,
+    ) -> "_RawResponse":
+        """Send one request with the key in its body. Raises Unavailable without an answer, and what `permit` raises."""
+        body = json.dumps({"key": key.get_secret_value(), **fields}).encode()
         limit = TimeLimit(self._timeout, permit)
         try:
             with limit:
-                return self._send(fetch_call.method, address.url, json.dumps(fields).encode(), limit)
+                return self._send(method, url, body, limit)
         except (requests.RequestException, HTTPError, OSError, ValueError) as error:
             cause = f"none within {self._timeout:g} s" if limit.expired else describe(error)
             raise Unavailable(self._scrubber.text(f"no answer: {cause}")) from None

@@ -17,12 +17,13 @@ from worker.sandbox.answers import (
     unknown_id,
 )
 from worker.sandbox.charges import Charges
-from worker.sandbox.families import API, FAMILIES, Family, Target, family_of, request_of
+from worker.sandbox.families import API, FAMILIES, RECENT_OUTPUTS, Family, Target, family_of, request_of
 from worker.sandbox.files import file_name
 from worker.sandbox.jobs import SandboxJob, failed_answer, fetch_answer, submit_answer, success_answer
 from worker.sandbox.options import MAX_OUTPUTS, SandboxOptions
 from worker.sandbox.orders import extension_of, next_id, order_paths, prompt_of, samples_of
 from worker.sandbox.rate_limit import RateLimit
+from worker.sandbox.recent_outputs import recent_outputs
 from worker.sandbox.scenarios import SCENARIOS, FetchCall, Scenario, check_scenario, scenario_of
 from worker.sandbox.webhooks import NOT_CALLED, Webhook, is_local, webhook_of
 
@@ -70,6 +71,8 @@ class Behaviour:
             return refusal
         if isinstance(request, Target):
             return self._fetch_answer(request, now=now, origin=origin)
+        if request == RECENT_OUTPUTS:
+            return recent_outputs(reversed(self._jobs.values()), body, now=now, origin=origin)
         return json_answer(self._account_answer(request, now))
 
     def submit(

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 API = "/api/"
-ACCOUNT_CALLS = frozenset({"v3/system_load", "v6/processing/request_count", "wallet_balance"})
+RECENT_OUTPUTS = "v6/assets_generated"
+ACCOUNT_CALLS = frozenset({"v3/system_load", "v6/processing/request_count", "wallet_balance", RECENT_OUTPUTS})
 IMAGES_FROM = 12_202_888
 OTHERS_FROM = 298  # the documentation of face swap and interior does show the same id
 SERVERS_FROM = 1  # each enterprise server counts its own jobs

@@ -15,6 +15,7 @@ from worker.core.lifecycle import ORDER_STATES
 from worker.store.bulk_write import insert_missing
 from worker.store.schema import candidates, jobs, orders
 
+IDS_PER_QUERY = 500
 NAMED_MOST = 100  # orders of one reference that a call names
 CANDIDATES_MOST = 20  # of one order: who knows the signed address can call it as often as they like
 
@@ -190,3 +191,12 @@ def _candidate_row(connection: Connection, job_id: int, remote_id: str) -> Row[A
 def _update(connection: Connection, claimed: ClaimedCandidate, **values: Any) -> None:
     which = (candidates.c.job_id == claimed.job.id, candidates.c.remote_id == claimed.remote_id)
     connection.execute(update(candidates).where(*which).values(**values))
+
+
+def known_remote_ids(connection: Connection, account: str, remote_ids: Sequence[str]) -> set[str]:
+    """Return which of these remote ids some job of the account has, in any family."""
+    known: set[str] = set()
+    for start in range(0, len(remote_ids), IDS_PER_QUERY):
+        in_batch = jobs.c.remote_id.in_(remote_ids[start : start + IDS_PER_QUERY])
+        known.update(connection.execute(select(jobs.c.remote_id).where(in_batch, jobs.c.account == account)).scalars())
+    return known

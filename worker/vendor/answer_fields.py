@@ -26,13 +26,22 @@ def json_object(body: bytes) -> dict[str, Any] | None:
     >>> json_object(b"[" * 100_000) is None
     True
     """
+    answer = json_value(body)
+    return answer if isinstance(answer, dict) else None
+
+
+def json_value(body: bytes) -> Any:
+    """Return the JSON value in `body`, or None if there is none or it has too many values. `body` may be any bytes.
+
+    >>> json_value(b'[{"id": 7}]'), json_value(b"<html>")
+    ([{'id': 7}], None)
+    """
     if too_many_values(body):
         return None
     try:
-        answer = json.loads(body.decode("utf-8-sig"))
+        return json.loads(body.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return None
-    return answer if isinstance(answer, dict) else None
 
 
 def status_of(answer: Mapping[str, Any]) -> str:
