@@ -1,5 +1,6 @@
 """The start of the command line: a command imports what it needs, and the list of commands imports none of them."""
 
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from worker.cli.commands import COMMANDS, group
 from worker.store.engine import make_engine
 from worker.store.migrate import migrate
 
+ROUNDS = 5  # at most, of which a busy machine needs more than one
 COMMAND = Path(sys.executable).with_name("fetch-worker")
 LIBRARIES = {"click", "pydantic", "redis", "rich", "sqlalchemy"}  # those that a command may need
 NEVER = {"alembic", "boto3", "botocore", "celery", "flask", "flower", "kombu", "requests", "urllib3"}
@@ -92,20 +94,23 @@ def test_given_a_database_when_a_reading_command_starts_then_it_imports_no_broke
 def test_given_the_time_to_import_sqlalchemy_when_commands_start_then_they_take_a_small_multiple_of_it(
     database: None,
 ) -> None:
-    """Both are measured on the same machine at the same time. Usual are 0.3 and 2.4."""
+    """All are measured in turns, and the fastest run of each counts. Usual are 0.3 and 2.4."""
+    limits = {("--version",): 0.9, ("status",): 3.5, ("doctor", "--liveness"): 3.5}
+    seconds = dict.fromkeys(limits, math.inf)
+    sqlalchemy = math.inf
+    for _ in range(ROUNDS):
+        sqlalchemy = min(sqlalchemy, start("-c", "import sqlalchemy").seconds)
+        seconds = {words: min(before, start(str(COMMAND), *words).seconds) for words, before in seconds.items()}
+        ratios = {words: seconds[words] / sqlalchemy for words in limits}
+        slow = {words: ratio for words, ratio in ratios.items() if ratio > limits[words]}
+        if not slow:
+            return
 
-    def fastest(*arguments: str) -> float:
-        return min(start(*arguments).seconds for _ in range(2))
-
-    sqlalchemy = fastest("-c", "import sqlalchemy")
-
-    assert fastest(str(COMMAND), "--version") < 0.9 * sqlalchemy
-    assert fastest(str(COMMAND), "status") < 3.5 * sqlalchemy
-    assert fastest(str(COMMAND), "doctor", "--liveness") < 3.5 * sqlalchemy
+    assert not slow
 
 
 def test_given_a_terminal_of_eighty_columns_then_no_summary_of_the_help_is_cut() -> None:
-    context = click.Context(group, info_name="fetch-worker", terminal_width=80)
+    context = click.Context(group, info_name="fetch-worker", terminal_width=80, **group.context_settings)
     _, _, commands = group.get_help(context).partition("Commands:")
     assert len(commands.strip().splitlines()) == len(COMMANDS)
     assert "..." not in commands
@@ -124,8 +129,8 @@ def test_given_a_width_then_the_help_lists_the_commands_as_if_they_were_imported
     imported = click.Group(commands=[group.commands[name] for name in group.commands])
     lazily, eagerly = click.HelpFormatter(width=width), click.HelpFormatter(width=width)
 
-    group.format_commands(click.Context(group), lazily)
-    imported.format_commands(click.Context(imported), eagerly)
+    group.format_commands(_context(group), lazily)
+    imported.format_commands(_context(imported), eagerly)
 
     assert lazily.getvalue() == eagerly.getvalue()
 

@@ -1,5 +1,6 @@
 """Orders are sent once, within their slots, and what an answer says about them is recorded. On every database."""
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from worker.store.order_results import (
 from worker.store.orders import ClaimedOrder, claim_orders, mark_attempted
 from worker.store.schema import breakers, jobs, orders, outputs
 from worker.store.sweep_signs import sweep_signs
+from worker.system.redaction import Scrubber
 from worker.vendor.fetch_url import fetch_address
 
 LEASE = timedelta(seconds=30)
@@ -501,3 +503,21 @@ def test_given_a_message_that_is_delivered_twice_when_it_orders_then_there_is_on
 
     assert sending.order("a lake", key="task:7") == first
     assert sending.states() == ["pending"]
+
+
+def test_given_a_payload_with_the_key_when_it_is_claimed_then_it_is_not_sent_and_the_key_is_removed(
+    make_sending: Callable[..., Sending],
+) -> None:
+    """The app that made the order has no key, so it could not notice."""
+    secret = "sk-canary-7f3a9d2e-4b1c"
+    sending = make_sending(changes={"payload_secrets": lambda: Scrubber([secret])})
+    job_id = sending.order(f"a lake {secret}")
+
+    sending.submit()
+
+    job, order = sending.job(job_id), sending.row(job_id)
+    assert (job.status, job.error_code) == ("failed", "bad_request")
+    assert "payload contains an API key" in job.error_message
+    assert secret not in order.payload
+    assert json.loads(order.payload)["prompt"].startswith("a lake ")
+    assert sending.sandbox.charges.charged == 0

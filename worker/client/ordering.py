@@ -4,7 +4,7 @@ import json
 import secrets
 from collections.abc import Mapping
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -23,12 +23,11 @@ from worker.store.audit import record_job_action
 from worker.store.engine import database_now
 from worker.store.order_results import attach as attach_order
 from worker.store.orders import NewOrder, insert_order, job_of_order, order_row
-from worker.system.redaction import Scrubber, shared_scrubber
+from worker.system.redaction import long_secret_scrubber, shared_scrubber
 from worker.vendor.order_endpoint import address_of_order, order_target
 from worker.vendor.submissions import kind_of_order
 
 MAX_PAYLOAD = 8 * 1024 * 1024  # bytes of JSON
-MIN_SECRET = 8  # characters: shorter keys, as tests have them, occur in ordinary prompts
 
 
 def order(
@@ -176,14 +175,9 @@ def _payload_text(fields: Mapping[str, Any], settings: Settings) -> str:
         raise NotTrackable(f"payload can't be written as JSON: {error}") from None
     if len(text) > MAX_PAYLOAD:
         raise NotTrackable(f"payload has {len(text):,} bytes as JSON, {MAX_PAYLOAD:,} at most: pass files as URLs")
-    if _long_secrets(settings.secret_texts).text(text) != text:
+    if long_secret_scrubber(settings.secret_texts).text(text) != text:
         raise NotTrackable("payload contains an API key or a secret of this installation: remove it")
     return text
-
-
-@lru_cache(maxsize=4)
-def _long_secrets(texts: tuple[str, ...]) -> Scrubber:
-    return Scrubber(text for text in texts if len(text) >= MIN_SECRET)
 
 
 def _insert(connection: Connection, order: NewOrder) -> tuple[TrackedJob, bool]:

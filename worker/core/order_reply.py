@@ -34,10 +34,14 @@ class OrderTaken:
 
 @dataclass(frozen=True, slots=True)
 class OrderRefused:
-    """The API refuses this order. The refusal is final."""
+    """The API refuses this order, or the worker refuses to send it. The refusal is final.
+
+    `payload` replaces the stored one if it must not stay there.
+    """
 
     code: OrderRefusalCode
     message: str
+    payload: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

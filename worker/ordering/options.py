@@ -7,6 +7,7 @@ from pydantic import SecretStr
 
 from worker.core.pacing.policy import Pace
 from worker.settings import Settings
+from worker.system.redaction import Scrubber, long_secret_scrubber
 from worker.vendor.fetch_url import AllowedApi
 
 MAX_SENDING = 64  # requests at once, of all accounts: each has a thread and a connection of its own
@@ -19,6 +20,7 @@ class OrderOptions:
 
     `keys` are the API keys by account, which can change at any time. `rps` returns the requests per second of an
     account, and `slots` the configured number of its slots, for all processes together. `timeout` is in seconds.
+    `payload_secrets` finds keys in payloads.
     """
 
     api: AllowedApi
@@ -30,6 +32,7 @@ class OrderOptions:
     user_agent: str
     proxy: str | None
     status_words: Mapping[str, str]
+    payload_secrets: Callable[[], Scrubber] = lambda: Scrubber(())
     threads: int = MAX_SENDING
 
 
@@ -45,6 +48,7 @@ def order_options(settings: Settings) -> OrderOptions:
         user_agent=settings.user_agent,
         proxy=settings.proxy,
         status_words=settings.status_words,
+        payload_secrets=lambda: long_secret_scrubber(settings.secret_texts),
     )
 
 

@@ -180,8 +180,8 @@ class OrderRecorder:
     ) -> "_Result":
         order = answer.job
         match answer.order_reply:
-            case OrderRefused(code, message):
-                return self._refused(connection, order, locked, code, message, tally, now)
+            case OrderRefused(code, message, payload):
+                return _refused(connection, order, locked, code, message, tally, now, payload)
             case AnswerLost(message):
                 if record_lost(connection, order, locked, message, now=now):
                     log.error("an order is uncertain, its answer is lost job=%s reason=%s", order.id, message)
@@ -191,7 +191,7 @@ class OrderRecorder:
             case OrderPostponed(message, seconds):
                 if order.attempts >= POSTPONED_MOST:
                     message = f"postponed {order.attempts} times, at last: {message}"
-                    return self._refused(connection, order, locked, "refused", message, tally, now)
+                    return _refused(connection, order, locked, "refused", message, tally, now)
                 wait = timedelta(seconds=max(seconds, min(2.0**order.attempts, MAX_POSTPONED_WAIT)))
                 record_waiting(connection, order, locked, message, due_at=now + wait, counts=True)
             case OrderNotSent(message):
@@ -199,19 +199,6 @@ class OrderRecorder:
             case RateLimited(_, message) | AccountRefused(_, message):
                 record_waiting(connection, order, locked, message, due_at=now)
         return _Result()
-
-    def _refused(
-        self,
-        connection: Connection,
-        order: ClaimedOrder,
-        locked: Locked,
-        code: str,
-        message: str,
-        tally: Tally,
-        now: datetime,
-    ) -> "_Result":
-        ended = record_refused(connection, order, locked, code, message, tally, now=now)
-        return _Result(ended=(order.id,) if ended else ())
 
     def _refused_by_queue(
         self, connection: Connection, order: ClaimedOrder, seconds: float, named: int | None, now: datetime
@@ -246,3 +233,17 @@ class _Result(NamedTuple):
     soon: bool = False
     outputs: tuple[int, ...] = ()
     ended: tuple[int, ...] = ()
+
+
+def _refused(
+    connection: Connection,
+    order: ClaimedOrder,
+    locked: Locked,
+    code: str,
+    message: str,
+    tally: Tally,
+    now: datetime,
+    payload: str | None = None,
+) -> _Result:
+    ended = record_refused(connection, order, locked, code, message, tally, now=now, payload=payload)
+    return _Result(ended=(order.id,) if ended else ())

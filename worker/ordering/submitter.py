@@ -21,7 +21,7 @@ from sqlalchemy import Engine
 
 from worker.coordination.leases import LeaseKeeper, LeaseLost
 from worker.coordination.rate_limiter import RateLimiter
-from worker.core.order_reply import AnswerLost, OrderPostponed, OrderReply, OrderTaken
+from worker.core.order_reply import AnswerLost, OrderPostponed, OrderRefused, OrderReply, OrderTaken
 from worker.core.pacing.backlog import OrderBacklog
 from worker.errors import NotTrackable
 from worker.net.network_errors import describe
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 RUN_SECONDS = 10.0  # a task should end soon, so that monitors show what it did and its worker can stop
 IDLE_SECONDS = 1.0  # longest time between two looks: a wake-up can get lost
 LOOK_SECONDS = 0.05  # least time between two looks
+KEY_IN_PAYLOAD = "payload contains an API key or a secret of this installation: order it again without it"
 REFUSED_SECONDS = 60.0  # until the next claim of an order whose endpoint is refused: settings may change
 GATHER_SECONDS = 0.005  # what arrives within this time is written together
 ALERT_SECONDS = 0.4  # look often after a wake-up: its sender sends no second one for a while
@@ -195,6 +196,11 @@ class Submitter:
         key = self._options.keys.get(order.account)
         if key is None or self._stopping.is_set():
             return order
+        masked = self._options.payload_secrets().text(order.payload)
+        if masked != order.payload:  # the app that made the order does not know the key
+            return OrderAnswer(
+                order, OrderRefused("bad_request", KEY_IN_PAYLOAD, masked), probe, began, reached_api=False
+            )
         may_be_sent = threading.Event()
 
         def permit() -> None:

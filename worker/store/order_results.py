@@ -127,10 +127,20 @@ def _taken_values(taken: TakenOrder, job: Any, now: datetime) -> dict[str, Any]:
 
 
 def record_refused(
-    connection: Connection, order: ClaimedOrder, locked: Locked, code: str, message: str, tally: Tally, *, now: datetime
+    connection: Connection,
+    order: ClaimedOrder,
+    locked: Locked,
+    code: str,
+    message: str,
+    tally: Tally,
+    *,
+    now: datetime,
+    payload: str | None = None,
 ) -> bool:
-    """Record that the API refused an order for good. Return whether its job ended."""
+    """Record that an order was refused for good. Return whether its job ended. `payload` replaces the stored one."""
     job = _ordered_job(connection, order, locked, message)
+    if payload is not None:
+        connection.execute(update(orders).where(orders.c.id == order.id).values(payload=payload))
     if job is None:
         return False
     _fail(connection, job, code, message, tally, now)

@@ -4,6 +4,7 @@ import logging
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from worker.core.display import display_lines, display_text
@@ -66,6 +67,7 @@ class Scrubber:
         return "Scrubber()"
 
 
+MIN_SECRET = 8  # characters of a key that can't be an ordinary word
 _shared = Scrubber()
 
 
@@ -73,6 +75,12 @@ def shared_scrubber(keys: Iterable[str] = ()) -> Scrubber:
     """Return this process's scrubber, after adding these keys."""
     _shared.add(keys)
     return _shared
+
+
+@lru_cache(maxsize=4)
+def long_secret_scrubber(texts: tuple[str, ...]) -> Scrubber:
+    """Return a scrubber for text that people write, such as prompts. Short keys, as tests have them, occur there."""
+    return Scrubber(text for text in texts if len(text) >= MIN_SECRET)
 
 
 def _mapped(value: object, scrub: Callable[[str], str], depth: int = 0) -> object:
