@@ -68,9 +68,9 @@ def texts(value: object) -> Iterator[str]:
 
 
 def run_of(answer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the `execution` of an answer about a workflow, or the answer itself."""
+    """Return the `execution` of an answer about a workflow, or the answer itself. An empty one says nothing."""
     execution = answer.get("execution")
-    return execution if isinstance(execution, dict) else answer
+    return execution if isinstance(execution, dict) and execution else answer
 
 
 def succeeded(answer: Mapping[str, Any]) -> bool:
@@ -109,6 +109,7 @@ def test_no_answer_breaks_the_parser_or_adds_outputs_that_it_does_not_list(examp
     @example(200, {}, b'{"links": ["https://h.example/a.png"], "execution": {"status": "completed"}}', False)
     @example(200, {}, b'{"status": "success", "output": "[\\"https://h/1.png\\", \\"https://h/2.png\\"]"}', False)
     @example(200, {}, b'{"status": "success", "output": ["https://h/1.png"], "id": "m", "chat_id": "12202888"}', False)
+    @example(200, {}, b'{"status": "success", "output": ["https://h/1.png"], "id": 12202889, "execution": {}}', False)
     def check(code: int, headers: dict[str, str], body: bytes, training: bool) -> None:
         reply = reply_to(code, headers, body, training=training)
 
