@@ -63,7 +63,15 @@ def upgrade() -> None:
     op.create_index(
         "ix_fetch_orders_queue", "fetch_orders", ["queue", "takes_slot", "order_rank", "job_id"], if_not_exists=True
     )
-    op.create_index("ix_fetch_orders_holder", "fetch_orders", ["claim_holder"], if_not_exists=True)
+    is_claimed = sa.text("claim_holder IS NOT NULL")
+    op.create_index(
+        "ix_fetch_orders_holder",
+        "fetch_orders",
+        ["claim_holder"],
+        postgresql_where=is_claimed,
+        sqlite_where=is_claimed,
+        if_not_exists=True,
+    )
     op.create_table(
         "fetch_candidates",
         sa.Column("job_id", ROW_ID, autoincrement=False, nullable=False),

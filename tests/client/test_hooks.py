@@ -60,7 +60,7 @@ def database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
 def call(url: str, body: bytes = b"") -> bool:
     """Process a call of a URL, as a handler does."""
     reference, signature = url.rsplit("/", 2)[1:]
-    return received(reference, signature, body)
+    return received(reference, signature, lambda: body)
 
 
 def forgeries(url: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from worker.polling.api_client import ApiClient
 from worker.polling.options import PollOptions
 from worker.settings import Settings
 from worker.store.breakers import locked_breaker, save_breaker
-from worker.store.candidates import CANDIDATES_MOST, add_candidate, candidates_of
+from worker.store.candidates import CANDIDATES_MOST, add_candidate, candidates_of, settle_candidates
 from worker.store.engine import database_now
 from worker.store.jobs import job_row, retry
 from worker.store.orders import insert_order
@@ -31,6 +31,7 @@ from worker.vendor.fetch_url import AllowedApi
 REFERENCE = "order-7"
 PAYLOAD = {"prompt": "a lake", "width": 512, "samples": 1}
 LINK = "https://cdn.test/a.png"
+MOMENT = datetime(2126, 1, 1, tzinfo=UTC)
 
 
 def success(remote_id: int, **meta: object) -> dict[str, Any]:
@@ -182,7 +183,6 @@ def test_an_order_gets_a_limited_number_of_candidates(checks: Checks) -> None:
         success(41),
         success(41, prompt="a lake", W=512),
         success(41, prompt="A  lake, hyperrealistic, 8k", W=512, n_samples=1),
-        {"status": "processing", "id": 41, "eta": 9},
     ],
 )
 def test_given_an_answer_that_fits_then_the_order_gets_the_job_and_is_polled(
@@ -219,7 +219,7 @@ def test_the_key_is_in_the_body_of_the_request_and_nowhere_else(checks: Checks) 
 @pytest.mark.parametrize(
     ("answer", "note"),
     [
-        (success(41, prompt="a harbour"), "its prompt differs"),
+        (success(41, prompt="a harbour"), "its prompt differs from the order's"),
         (success(41, prompt="a lake", W=1024), "its width differs"),
         (success(41, prompt="a lake", n_samples=4), "its samples differs"),
         (success(42), "the API answered about another job: 42"),
@@ -292,8 +292,120 @@ def test_given_two_different_orders_of_a_reference_then_only_an_answer_that_tell
         pass
 
     assert checks.job(lake).status == "uncertain"
-    assert "does not tell which of 2 different orders" in str(checks.notes(lake)["41"])
+    assert "does not tell which order" in str(checks.notes(lake)["41"])
     assert (checks.job(harbour).status, checks.job(harbour).remote_id) == ("pending", "42")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"prompt": "a lake"}, {"prompt": "a lake", "model_id": "flux"}),
+        ({"prompt": "a lake"}, {"prompt": "a lake at night"}),
+        ({"prompt": "a lake", "seed": 7}, {"prompt": "a harbour", "seed": 7}),
+    ],
+)
+def test_given_an_answer_that_fits_two_different_orders_then_none_of_them_gets_the_job(
+    checks: Checks, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    """The API adds words to prompts, and does not repeat every field."""
+    ids = [checks.lose_order(first), checks.lose_order(second)]
+    checks.name("41")
+    checks.answer("41", success(41, prompt="a lake at night", seed=7) if "seed" not in first else success(41, seed=7))
+
+    while checks.checks.run():
+        pass
+
+    assert {checks.job(job_id).status for job_id in ids} == {"uncertain"}
+    assert all(checks.is_decided(job_id) for job_id in ids)
+
+
+def test_given_a_job_that_another_order_got_at_another_address_then_it_is_not_attached(
+    checks: Checks, engine: Engine
+) -> None:
+    """Its answer was recorded after the call had named the job for both."""
+    first, second = checks.lose_order(), checks.lose_order()
+    checks.name("41")
+    checks.answer("41", success(41))
+    with engine.begin() as connection:
+        taken = {
+            "status": "pending",
+            "remote_id": "41",
+            "fetch_base": "https://other.test/api/v3/fetch",
+            "due_at": MOMENT,
+        }
+        connection.execute(update(jobs).where(jobs.c.id == first).values(taken))
+
+    checks.checks.run()
+
+    assert checks.job(second).status == "uncertain"
+    assert checks.notes(second) == {"41": "another job of the account has this id"}
+
+
+def test_given_an_equal_order_that_is_still_being_sent_then_the_check_waits_for_its_answer(
+    checks: Checks, engine: Engine
+) -> None:
+    """The job may be that of the other order."""
+    lost, sending = checks.lose_order(), checks.lose_order(status="ordered")
+    with engine.begin() as connection:
+        claim = {
+            "claim_token": "token",
+            "claim_holder": "holder",
+            "due_at": database_now(connection) + timedelta(minutes=1),
+        }
+        connection.execute(update(orders).where(orders.c.id == sending).values(claim))
+    checks.name("41")
+    checks.answer("41", success(41))
+
+    checks.checks.run()
+    before = checks.job(lost).status
+    with engine.begin() as connection:
+        connection.execute(
+            update(jobs).where(jobs.c.id == sending).values(status="pending", remote_id="40", due_at=MOMENT)
+        )
+    checks.make_due()
+    checks.checks.run()
+
+    assert (before, checks.job(lost).status) == ("uncertain", "pending")
+
+
+def test_given_a_job_that_is_not_ready_then_the_api_is_asked_again_until_it_is(checks: Checks) -> None:
+    """An answer about a job that is not ready may have the id of another one, so it decides nothing."""
+    job_id = checks.lose_order()
+    checks.name("41")
+    checks.answer("41", {"status": "processing", "id": 42, "eta": 9})
+
+    for _ in range(MAX_TRIES + 3):
+        checks.checks.run()
+        checks.make_due()
+    before = checks.job(job_id).status
+    checks.answer("41", success(41))
+    checks.checks.run()
+
+    assert (before, checks.job(job_id).status) == ("uncertain", "pending")
+
+
+def test_given_no_answer_for_a_day_then_the_api_is_asked_no_more(checks: Checks, engine: Engine) -> None:
+    job_id = checks.lose_order()
+    checks.name("41")
+    with engine.begin() as connection:
+        old = {"named_at": database_now(connection) - timedelta(hours=25)}
+        connection.execute(update(candidates).values(old))
+
+    assert checks.checks.run() == 0
+    assert checks.is_decided(job_id)
+    assert checks.web.requests == []
+
+
+def test_candidates_of_orders_that_were_taken_are_settled(checks: Checks, engine: Engine) -> None:
+    taken, lost = checks.lose_order(status="ordered"), checks.lose_order()
+    checks.name("41")
+    with engine.begin() as connection:
+        connection.execute(update(jobs).where(jobs.c.id == taken).values(status="pending", due_at=MOMENT))
+        now = database_now(connection)
+        settled = [settle_candidates(connection, now=now) for _ in range(2)]
+
+    assert settled == [1, 0]
+    assert (checks.is_decided(taken), checks.is_decided(lost)) == (True, False)
 
 
 def test_given_two_equal_orders_of_a_reference_then_each_job_is_attached_once(checks: Checks) -> None:

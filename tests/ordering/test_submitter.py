@@ -520,4 +520,10 @@ def test_given_a_payload_with_the_key_when_it_is_claimed_then_it_is_not_sent_and
     assert "payload contains an API key" in job.error_message
     assert secret not in order.payload
     assert json.loads(order.payload)["prompt"].startswith("a lake ")
+
+    with sending.engine.begin() as connection:
+        assert retry(connection, job_id, now=database_now(connection))
+    sending.submit()
+
+    assert sending.job(job_id).status == "failed", "what is left is not what the app ordered"
     assert sending.sandbox.charges.charged == 0

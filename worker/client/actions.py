@@ -82,9 +82,9 @@ def nudge_reference(reference: str, remote_id: str | None = None) -> int:
     with transaction(settings) as connection:
         interval = timedelta(seconds=settings.poll_min)
         now = database_now(connection)
-        count = job_store.nudge_reference(connection, reference, now=now, poll_min=interval)
         if remote_id is not None:
             add_candidate(connection, reference, remote_id, now=now)
+        count = job_store.nudge_reference(connection, reference, now=now, poll_min=interval)
     if count:
         wake(settings)
     return count

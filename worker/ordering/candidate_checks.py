@@ -1,13 +1,15 @@
 """Candidate checks: ask the API about the jobs that its calls named for uncertain orders.
 
-A call has no signature of the API, so it is only a hint. The order gets the job if the API knows it under the account's
-key, and if its answer fits the order.
+A call has no signature of the API, so it is only a hint. The order gets the job if the API says that it is ready, if no
+job here has its id, and if the answer differs from this order in nothing, and from other orders of the reference in
+something.
 """
 
 import logging
 import time
-from collections.abc import Callable
-from datetime import datetime
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
+from typing import Any
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import IntegrityError
@@ -53,19 +55,25 @@ from worker.store.candidates import (
     defer_candidate,
     defer_due_candidates,
     due_candidates,
+    is_twin_being_sent,
+    known_remote_ids,
     lock_candidate,
-    other_payloads,
+    rival_payloads,
 )
 from worker.store.claims import ClaimedJob
 from worker.store.counters import Tally
 from worker.store.engine import database_now
 from worker.store.order_results import attach
 from worker.vendor.answer_fields import json_object
-from worker.vendor.order_match import order_match
+from worker.vendor.order_match import differing_field
 
 log = logging.getLogger(__name__)
 
 MAX_TRIES = 5  # answers that do not decide, one `BUSY_WAIT` apart
+LOST_TRIES = 3  # tries beyond these that were claimed and lost: the answer may end its process
+MAX_AGE = timedelta(days=1)  # since the call; then its links may have ended
+TWIN_WAIT = timedelta(seconds=5)
+KNOWN_ID = "another job of the account has this id"
 
 
 class CandidateChecks(SpareRequests):
@@ -114,6 +122,8 @@ class CandidateChecks(SpareRequests):
             breakers, now = all_breakers(connection), database_now(connection)
         reservation = self._reserve_request(due.account, breakers, now)
         if reservation is None:
+            with self._engine.begin() as connection:
+                defer_due_candidates(connection, [due], due_at=now + BUSY_WAIT)
             return False
         claimed = self._claim(due)
         if claimed is None:
@@ -127,7 +137,8 @@ class CandidateChecks(SpareRequests):
             log.exception("a candidate check failed job=%s", due.job_id)
             answer = WholeReply(ApiReply(ApiDown(f"no answer: {describe(error)}")))
         poll_answer = PollAnswer(_asked_job(candidate, address), answer.reply.reply, probe, sent)
-        self._record(candidate, poll_answer, answer.body, breakers)
+        fields = json_object(answer.body) if isinstance(poll_answer.reply, Ready) else None
+        self._record(candidate, poll_answer, fields, breakers)
         return True
 
     def _claim(self, due: DueCandidate) -> tuple[ClaimedCandidate, FetchAddress, bool] | None:
@@ -140,6 +151,9 @@ class CandidateChecks(SpareRequests):
             candidate = claim_candidate(connection, due, now=now, lease=self._lease)
             if candidate is None:
                 return None
+            if candidate.named_at < now - MAX_AGE or candidate.tries > MAX_TRIES + LOST_TRIES:
+                decide_candidate(connection, candidate, "the API gave no answer that decides about it")
+                return None
             try:
                 address = self._api.address_of_order(candidate.endpoint, candidate.remote_id)
             except NotTrackable as refused:
@@ -149,7 +163,13 @@ class CandidateChecks(SpareRequests):
                 return None
             return candidate, address, self._start_probe(connection, breaker, now)
 
-    def _record(self, candidate: ClaimedCandidate, poll_answer: PollAnswer, body: bytes, breakers: Breakers) -> None:
+    def _record(
+        self,
+        candidate: ClaimedCandidate,
+        poll_answer: PollAnswer,
+        fields: Mapping[str, Any] | None,
+        breakers: Breakers,
+    ) -> None:
         poll_answer = mark_own_path_error(poll_answer, self._api.default_address)
         accepted_rates = count_accepted(self._budget, [poll_answer])
         is_attached = False
@@ -157,7 +177,7 @@ class CandidateChecks(SpareRequests):
             now = database_now(connection)
             update_breakers(connection, [poll_answer], breakers, self._rps, accepted_rates, now=now)
             if lock_candidate(connection, candidate):
-                is_attached = _write_result(connection, candidate, poll_answer, body, now)
+                is_attached = _write_result(connection, candidate, poll_answer, fields, now)
             tally = Tally()
             count_answers(tally, [poll_answer])
             tally.write(connection)
@@ -176,39 +196,56 @@ def _asked_job(candidate: ClaimedCandidate, address: FetchAddress) -> ClaimedJob
 
 
 def _write_result(
-    connection: Connection, candidate: ClaimedCandidate, answer: PollAnswer, body: bytes, now: datetime
+    connection: Connection,
+    candidate: ClaimedCandidate,
+    answer: PollAnswer,
+    fields: Mapping[str, Any] | None,
+    now: datetime,
 ) -> bool:
     """Write what the answer says about a candidate. Return whether the order got its job."""
     reply = answer.reply
+    if isinstance(reply, Ready):
+        return _attach_if_it_fits(connection, candidate, answer.job.address, fields, now)
+    note: str | None = _note(reply)
+    counts, wait = False, BUSY_WAIT
     if isinstance(reply, (RateLimited, AccountRefused)) or (isinstance(reply, ApiDown) and not reply.answered):
-        due_at = now + (HELD_WAIT if isinstance(reply, AccountRefused) else BUSY_WAIT)
-        defer_candidate(connection, candidate, None, due_at=due_at, counts=False)
-        return False
-    if isinstance(reply, (Processing, Ready)):
-        match = order_match(candidate.payload, json_object(body))
-        if match.differs is not None:
-            decide_candidate(connection, candidate, f"it is another job: its {match.differs} differs")
-            return False
-        others = 0 if match.is_proven else other_payloads(connection, candidate)
-        if others:
-            note = f"the API knows it, but its answer does not tell which of {others + 1} different orders it is"
-            decide_candidate(connection, candidate, note)
-            return False
-        return _attach(connection, candidate, answer.job.address, now)
-    note = _note(reply)
-    if isinstance(reply, AnotherJob) or candidate.tries >= MAX_TRIES:
-        decide_candidate(connection, candidate, note)
+        note, wait = None, HELD_WAIT if isinstance(reply, AccountRefused) else BUSY_WAIT
+    elif not isinstance(reply, Processing):  # an answer about a job that is not ready may have the id of another one
+        counts = True
+    if isinstance(reply, AnotherJob) or (counts and candidate.tries >= MAX_TRIES):
+        decide_candidate(connection, candidate, note or "")
     else:
-        defer_candidate(connection, candidate, note, due_at=now + BUSY_WAIT, counts=True)
+        defer_candidate(connection, candidate, note, due_at=now + wait, counts=counts)
     return False
 
 
-def _attach(connection: Connection, candidate: ClaimedCandidate, address: FetchAddress, now: datetime) -> bool:
+def _attach_if_it_fits(
+    connection: Connection,
+    candidate: ClaimedCandidate,
+    address: FetchAddress,
+    fields: Mapping[str, Any] | None,
+    now: datetime,
+) -> bool:
+    """Attach a job that is ready, if it can only be the one of this order, or of an equal one."""
+    if known_remote_ids(connection, candidate.job.account, [candidate.remote_id]):
+        decide_candidate(connection, candidate, KNOWN_ID)
+        return False
+    if is_twin_being_sent(connection, candidate):
+        defer_candidate(connection, candidate, None, due_at=now + TWIN_WAIT, counts=False)
+        return False
+    if field := differing_field(candidate.payload, fields):
+        note = f"its {field} differs from the order's: compare it yourself before you retry"
+        decide_candidate(connection, candidate, note)
+        return False
+    if any(differing_field(payload, fields) is None for payload in rival_payloads(connection, candidate)):
+        note = "the API has it, but its answer does not tell which order of the reference it belongs to"
+        decide_candidate(connection, candidate, note)
+        return False
     try:
         with connection.begin_nested():
             attach(connection, candidate.job.id, candidate.remote_id, address, default=False, now=now)
     except IntegrityError:
-        decide_candidate(connection, candidate, "another job of the account has this id")
+        decide_candidate(connection, candidate, KNOWN_ID)
         return False
     decide_candidate(connection, candidate, "the answer of the API fits, so it was attached")
     return True
@@ -220,5 +257,7 @@ def _note(reply: Reply) -> str:
             return f"the API answered about another job: {echoed}"
         case Failed(message) | UnknownId(message) | ApiError(message) | Unread(message) | ApiDown(message):
             return f"the API answered: {message}"
+        case Processing():
+            return "the API answered that it is not ready"
         case _:
             return "the API answered without an output"

@@ -197,7 +197,7 @@ class Submitter:
         if key is None or self._stopping.is_set():
             return order
         masked = self._options.payload_secrets().text(order.payload)
-        if masked != order.payload:  # the app that made the order does not know the key
+        if masked != order.payload or not order.is_unchanged:  # the app that made the order does not know the key
             return OrderAnswer(
                 order, OrderRefused("bad_request", KEY_IN_PAYLOAD, masked), probe, began, reached_api=False
             )

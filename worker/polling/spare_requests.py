@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 AT_ONCE = 100  # due rows per run
 LEASE_MARGIN = timedelta(seconds=30)  # beyond the request's time-out; then another process may send the request
-BUSY_WAIT = timedelta(seconds=60)  # until the next try of a request that got no answer
+BUSY_WAIT = timedelta(seconds=60)  # until the next try of a request that got no answer, or had to wait
 HELD_WAIT = timedelta(minutes=10)  # until the next try if the account or host is held, or has no free requests
 REFUSED_WAIT = timedelta(hours=1)  # until the next try if the settings do not let the key be sent to the address
 OVERDUE_SECONDS = 2.0  # a job that is overdue by more shows that the account's requests are short

@@ -27,6 +27,7 @@ from worker.process.dead_claims import log_released, log_uncertain, release_dead
 from worker.process.publishing import queue_downloads
 from worker.process.resources import ProcessResources, process_resources
 from worker.store.breakers import locked_breaker, save_breaker
+from worker.store.candidates import settle_candidates
 from worker.store.claims import claim_holders, queue_due_outputs
 from worker.store.engine import database_now, describe_error
 from worker.store.order_results import release_lapsed_orders
@@ -189,6 +190,7 @@ def run_housekeeping() -> None:
     if time.monotonic() >= resources.housekeeping_at:
         resources.housekeeping_at = time.monotonic() + HOUSEKEEPING_SECONDS
         _repair(resources)
+        _settle_candidates(resources)
         _start_late_looks(resources)
 
 
@@ -209,6 +211,14 @@ def _repair(resources: ProcessResources) -> None:
             *(len(repaired.jobs), repaired.outputs, repaired.claims, repaired.orders),
         )
     resources.notify(repaired.jobs)
+
+
+def _settle_candidates(resources: ProcessResources) -> None:
+    try:
+        with resources.engine.begin() as connection:
+            settle_candidates(connection, now=database_now(connection))
+    except DATABASE_ERRORS as error:
+        log.warning("candidates of orders wait for the database reason=%s", describe_error(error, settings.database))
 
 
 def _start_late_looks(resources: ProcessResources) -> None:

@@ -16,6 +16,8 @@ from worker.store.bulk_write import insert_missing
 from worker.store.schema import candidates, jobs, orders
 
 IDS_PER_QUERY = 500
+SETTLED_MOST = 100  # jobs at once
+RIVALS_MOST = 20
 NAMED_MOST = 100  # orders of one reference that a call names
 CANDIDATES_MOST = 20  # of one order: who knows the signed address can call it as often as they like
 
@@ -34,7 +36,8 @@ class DueCandidate:
 class ClaimedCandidate:
     """A candidate that this process may ask about until `until`. `tries` includes this request.
 
-    `job` is the row of the uncertain job. `endpoint` and `payload` are those of its order.
+    `job` is the row of the uncertain job. `endpoint` and `payload` are those of its order. `named_at` is when
+    the call came.
     """
 
     job: Row[Any]
@@ -43,6 +46,7 @@ class ClaimedCandidate:
     payload: str
     tries: int
     until: datetime
+    named_at: datetime
 
 
 def add_candidate(connection: Connection, reference: str, remote_id: str, *, now: datetime) -> int:
@@ -119,7 +123,9 @@ def claim_candidate(
     ).one_or_none()
     if order is None:
         return None
-    claimed = ClaimedCandidate(job, due.remote_id, order.endpoint, order.payload, row.tries + 1, now + lease)
+    claimed = ClaimedCandidate(
+        job, due.remote_id, order.endpoint, order.payload, row.tries + 1, now + lease, row.named_at
+    )
     _update(connection, claimed, due_at=claimed.until, tries=claimed.tries)
     return claimed
 
@@ -136,9 +142,13 @@ def lock_candidate(connection: Connection, claimed: ClaimedCandidate) -> bool:
 def defer_candidate(
     connection: Connection, claimed: ClaimedCandidate, note: str | None, *, due_at: datetime, counts: bool
 ) -> None:
-    """Ask about a candidate again at `due_at`. The caller has called `lock_candidate`."""
+    """Ask about a candidate again at `due_at`. The caller has called `lock_candidate`.
+
+    Without a note, the earlier one stays.
+    """
     tries = claimed.tries if counts else claimed.tries - 1
-    _update(connection, claimed, due_at=due_at, tries=tries, note=note)
+    values = {} if note is None else {"note": note}
+    _update(connection, claimed, due_at=due_at, tries=tries, **values)
 
 
 def decide_candidate(connection: Connection, claimed: ClaimedCandidate, note: str) -> None:
@@ -153,22 +163,36 @@ def defer_due_candidates(connection: Connection, due: Sequence[DueCandidate], *,
         connection.execute(update(candidates).where(*which, candidates.c.due_at < due_at).values(due_at=due_at))
 
 
-def other_payloads(connection: Connection, claimed: ClaimedCandidate) -> int:
-    """Return how many other orders may have this remote id and have another payload."""
-    query = (
-        select(func.count())
-        .select_from(candidates)
-        .join(jobs, jobs.c.id == candidates.c.job_id)
-        .join(orders, orders.c.id == jobs.c.id)
-        .where(
-            candidates.c.remote_id == claimed.remote_id,
-            jobs.c.account == claimed.job.account,
-            jobs.c.status.in_(ORDER_STATES),
-            orders.c.payload_sha256
-            != select(orders.c.payload_sha256).where(orders.c.id == claimed.job.id).scalar_subquery(),
-        )
-    )
-    return int(connection.execute(query).scalar_one())
+def is_twin_being_sent(connection: Connection, claimed: ClaimedCandidate) -> bool:
+    """Return whether another order of the same reference is being sent: its answer may name this very job."""
+    query = _others(claimed).where(jobs.c.status == "ordered", orders.c.claim_token.is_not(None))
+    return connection.execute(query.limit(1)).first() is not None
+
+
+def rival_payloads(connection: Connection, claimed: ClaimedCandidate) -> list[str]:
+    """Return the payloads of the other orders of the same reference whose answer is not known, at most `RIVALS_MOST`.
+
+    Payloads that are equal to the one of this order are left out.
+    """
+    own_hash = select(orders.c.payload_sha256).where(orders.c.id == claimed.job.id).scalar_subquery()
+    query = _others(claimed).where(jobs.c.status.in_(ORDER_STATES), orders.c.payload_sha256 != own_hash)
+    return list(connection.execute(query.order_by(jobs.c.id).limit(RIVALS_MOST)).scalars())
+
+
+def _others(claimed: ClaimedCandidate) -> Select[Any]:
+    same = (jobs.c.reference == claimed.job.reference, jobs.c.account == claimed.job.account)
+    query = select(orders.c.payload).select_from(jobs).join(orders, orders.c.id == jobs.c.id)
+    return query.where(*same, jobs.c.id != claimed.job.id, orders.c.attempted_at.is_not(None))
+
+
+def settle_candidates(connection: Connection, *, now: datetime) -> int:
+    """Ask no more about due candidates of jobs that are no orders any more. Return of how many jobs."""
+    query = select(candidates.c.job_id).join(jobs, jobs.c.id == candidates.c.job_id).distinct()
+    over = query.where(candidates.c.due_at <= now, jobs.c.status.not_in(ORDER_STATES)).limit(SETTLED_MOST)
+    job_ids = sorted(connection.execute(over).scalars())
+    if job_ids:
+        connection.execute(update(candidates).where(candidates.c.job_id.in_(job_ids)).values(due_at=None))
+    return len(job_ids)
 
 
 def candidates_of(connection: Connection, job_id: int) -> Sequence[Row[Any]]:

@@ -74,6 +74,12 @@ class ClaimedOrder(NamedTuple):
     eta: float | None
     deadline_seconds: float
     attempts: int  # including this one; only attempts that the API answered count
+    payload_sha256: str  # of the payload as the app passed it
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the payload is the one that the app passed. A payload from which a key was removed is not."""
+        return hashlib.sha256(self.payload.encode()).hexdigest() == self.payload_sha256
 
     @property
     def address(self) -> FetchAddress:
@@ -287,6 +293,7 @@ _CLAIMED = select(
     orders.c.host,
     orders.c.endpoint,
     orders.c.payload,
+    orders.c.payload_sha256,
     orders.c.attempts,
     jobs.c.kind,
     jobs.c.eta,
@@ -352,6 +359,7 @@ def _claimed_order(row: Any, account: str, token: str) -> ClaimedOrder:
         row.eta,
         row.deadline_seconds,
         row.attempts,
+        row.payload_sha256,
     )
 
 

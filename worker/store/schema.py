@@ -345,7 +345,7 @@ orders = Table(
     CheckConstraint("queue IS NOT NULL OR due_at IS NULL", name="due_is_queued"),
     UniqueConstraint("order_key", name="uq_fetch_orders_order_key"),
     Index("ix_fetch_orders_queue", "queue", "takes_slot", "order_rank", "id"),
-    Index("ix_fetch_orders_holder", "claim_holder"),
+    Index("ix_fetch_orders_holder", "claim_holder", **_where("claim_holder IS NOT NULL")),
     comment="what apps ordered: the payload of each order, and whether it was sent",
 )
 

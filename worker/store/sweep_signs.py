@@ -28,8 +28,8 @@ _SIGNS = select(
 class SweepSigns:
     """Whether there are claims, due calls, outputs to queue, and orders whose lease has ended.
 
-    Some of the claims may be of dead processes. `candidates`: the API can be asked about a job that may be an uncertain
-    order's.
+    Some of the claims may be of dead processes. `candidates`: the API can be asked about a job that may
+    belong to an uncertain order.
     """
 
     claims: bool

@@ -67,7 +67,7 @@ class Scrubber:
         return "Scrubber()"
 
 
-MIN_SECRET = 8  # characters of a key that can't be an ordinary word
+MIN_SECRET = 8  # characters: payloads are not searched for shorter keys
 _shared = Scrubber()
 
 

@@ -1,9 +1,10 @@
 """Compare an order with the answer about a job that may be the one it created.
 
-Most answers repeat some fields of their order in `meta`. The API changes some of them: it adds words to the prompt, and
-it rounds sizes. So a field counts as different only if no known change explains it.
+Most answers repeat some fields of their order in `meta`. The API changes some of them: it adds words to the prompt,
+translates it, and rounds sizes. So a field counts as different only if no known change explains it.
 """
 
+import html
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,37 +15,25 @@ SIZE_STEP = 64  # pixels: sizes are rounded to multiples of 8 or 64
 _YES = frozenset({"yes", "true", "1"})
 
 
-class OrderMatch(NamedTuple):
-    """What the comparison says. `differs` is the first field that differs, or None.
+def differing_field(payload: str, fields: Mapping[str, Any] | None) -> str | None:
+    """Return the first field in which an answer differs from an order, or None. `payload` is JSON. Never raises.
 
-    `is_proven`: a field that hardly two orders share is equal.
-    """
+    None does not prove that the answer is about the order: it may repeat nothing, or the same text of another order.
 
-    differs: str | None = None
-    is_proven: bool = False
-
-
-def order_match(payload: str, fields: Mapping[str, Any] | None) -> OrderMatch:
-    """Compare the payload of an order, as JSON, with the fields of an answer. Never raises.
-
-    >>> order_match('{"prompt": "a lake", "width": 512}', {"meta": {"prompt": "a lake", "W": 512}})
-    OrderMatch(differs=None, is_proven=True)
-    >>> order_match('{"prompt": "a lake"}', {"meta": {"prompt": "a harbour"}})
-    OrderMatch(differs='prompt', is_proven=False)
+    >>> differing_field('{"prompt": "a lake", "width": 512}', {"meta": {"prompt": "a lake, 8k", "W": 512}})
+    >>> differing_field('{"prompt": "a lake"}', {"meta": {"prompt": "a harbour"}})
+    'prompt'
     """
     order, echo = _object(payload), (fields or {}).get("meta")
     if not isinstance(echo, Mapping):
-        return OrderMatch()
-    is_proven = False
-    for name, names, compare, proves in _FIELDS:
-        if name == "prompt" and str(order.get("enhance_prompt", "")).lower() in _YES:
+        return None
+    for field in _FIELDS:
+        if any(str(order.get(option, "")).lower() in _YES for option in field.changed_by):
             continue
-        sent, answered = _value(order, names), _value(echo, names)
-        is_equal = None if sent is None or answered is None else compare(sent, answered)
-        if is_equal is False:
-            return OrderMatch(differs=name)
-        is_proven = is_proven or (proves and is_equal is True)
-    return OrderMatch(is_proven=is_proven)
+        sent, answered = _value(order, field.names), _value(echo, field.names)
+        if sent is not None and answered is not None and field.compare(sent, answered) is False:
+            return field.names[0]
+    return None
 
 
 def _object(payload: str) -> Mapping[str, Any]:
@@ -64,11 +53,11 @@ def _same_text(sent: object, answered: object) -> bool | None:
     """Return whether a text is, or contains, the one that was sent. None if either is no text."""
     if not isinstance(sent, str) or not isinstance(answered, str):
         return None
-    return _words(sent) in _words(answered)
+    return _words(sent) in _words(answered)  # an empty text is in all
 
 
 def _words(text: str) -> str:
-    return " ".join(plain_text(text).casefold().split())
+    return " ".join(plain_text(html.unescape(html.unescape(text))).casefold().split())
 
 
 def _same_size(sent: object, answered: object) -> bool | None:
@@ -96,11 +85,18 @@ def _number(value: object) -> float | None:
         return None
 
 
-_Comparison = Callable[[object, object], bool | None]
-_FIELDS: tuple[tuple[str, tuple[str, ...], _Comparison, bool], ...] = (
-    ("prompt", ("prompt", "text"), _same_text, True),
-    ("seed", ("seed",), _same_seed, True),
-    ("width", ("width", "W"), _same_size, False),
-    ("height", ("height", "H"), _same_size, False),
-    ("samples", ("samples", "n_samples"), _same_number, False),
+class _Field(NamedTuple):
+    """A field of orders under its names, and the options with which the API changes it."""
+
+    names: tuple[str, ...]
+    compare: Callable[[object, object], bool | None]
+    changed_by: tuple[str, ...] = ()
+
+
+_FIELDS = (
+    _Field(("prompt", "text"), _same_text, ("enhance_prompt", "multi_lingual")),
+    _Field(("seed",), _same_seed),
+    _Field(("width", "W"), _same_size, ("upscale", "panorama")),
+    _Field(("height", "H"), _same_size, ("upscale", "panorama")),
+    _Field(("samples", "n_samples"), _same_number),
 )

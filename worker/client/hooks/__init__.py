@@ -8,8 +8,9 @@ found by its next poll. For an order whose answer is lost, the id in the body is
 import base64
 import binascii
 import hmac
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 from worker.client.actions import nudge_reference
@@ -17,6 +18,8 @@ from worker.client.job_options import checked_reference
 from worker.errors import NotTrackable, SettingsError, Unavailable
 from worker.settings import load
 from worker.vendor.submissions import named_id
+
+log = logging.getLogger(__name__)
 
 # Makes these keys differ from those that sign the webhooks to apps.
 PURPOSE = b"fetch-worker: addresses that the API calls, 1"
@@ -44,23 +47,34 @@ def hook_url(base: str, reference: str | int) -> str:
     return f"{base.rstrip('/')}/{_segment(text)}/{_signature(keys[0], text)}"
 
 
-def received(reference: str, signature: str, body: bytes = b"") -> bool:
-    """Process a call, given as the last two parts of its path, and its body. Return False if the signature is wrong.
+def received(reference: str, signature: str, read_body: Callable[[], bytes] = lambda: b"") -> bool:
+    """Process a call, given as the last two parts of its path. Return False if the signature is wrong.
 
-    With a valid signature, the jobs with that reference are polled earlier. There may be none. Of the body, at most
-    `MAX_BODY` bytes are needed. An invalid call makes no database query. Raises Unavailable.
+    With a valid signature, the jobs with that reference are polled earlier. There may be none. `read_body` returns the
+    first `MAX_BODY` bytes of the body. An invalid call reads no body and makes no database query. Raises Unavailable.
     """
     text = _reference(reference)
     if text is None or not _signed(_keys(), text, signature):
         return False
+    try:
+        body = read_body()
+    except Exception as error:  # each framework has its own; the caller may have hung up
+        log.warning("the body of a call of the API can't be read reason=%s", type(error).__name__)
+        body = b""
     nudge_reference(text, named_id(body))
     return True
 
 
-def status_of(reference: str, signature: str, body: bytes = b"") -> int:
+def is_valid(reference: str, signature: str) -> bool:
+    """Return whether the last two parts of a path are signed with one of the secrets."""
+    text = _reference(reference)
+    return text is not None and _signed(_keys(), text, signature)
+
+
+def status_of(reference: str, signature: str, read_body: Callable[[], bytes] = lambda: b"") -> int:
     """Process a call as `received` does. Return the HTTP status: 204, 404 (wrong signature) or 503 (no database)."""
     try:
-        return 204 if received(reference, signature, body) else 404
+        return 204 if received(reference, signature, read_body) else 404
     except Unavailable:
         return 503
 

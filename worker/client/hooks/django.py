@@ -12,7 +12,7 @@ from worker.client.hooks import MAX_BODY, status_of
 @require_POST  # type: ignore[untyped-decorator]  # the same
 def hook(request: HttpRequest, reference: str, signature: str) -> HttpResponse:
     """Process a call of the API."""
-    return HttpResponse(status=status_of(reference, signature, request.read(MAX_BODY)))
+    return HttpResponse(status=status_of(reference, signature, lambda: request.read(MAX_BODY)))
 
 
 urlpatterns = [path("<str:reference>/<str:signature>", hook)]

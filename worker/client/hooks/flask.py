@@ -10,4 +10,4 @@ blueprint = Blueprint("fetch_worker_hook", __name__)
 @blueprint.post("/<reference>/<signature>")
 def hook(reference: str, signature: str) -> Response:
     """Process a call of the API."""
-    return Response(status=status_of(reference, signature, request.stream.read(MAX_BODY)))
+    return Response(status=status_of(reference, signature, lambda: request.stream.read(MAX_BODY)))
