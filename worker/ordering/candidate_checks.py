@@ -44,7 +44,6 @@ from worker.polling.spare_requests import (
     HELD_WAIT,
     REFUSED_WAIT,
     SpareRequests,
-    host_may_be_polled,
 )
 from worker.store.breakers import all_breakers
 from worker.store.candidates import (
@@ -106,10 +105,7 @@ class CandidateChecks(SpareRequests):
         with self._engine.begin() as connection:
             now = database_now(connection)
             due = due_candidates(connection, list(self._keys), now=now, limit=AT_ONCE)
-            breakers = all_breakers(connection) if due else {}
-            free = {name: self._is_free(connection, name, breakers, now) for name in {item.account for item in due}}
-            allowed = [item for item in due if free[item.account] and host_may_be_polled(breakers, item.host, now)]
-            held = [item for item in due if item not in allowed]
+            allowed, held = self._split(connection, due, now)
             defer_due_candidates(connection, held, due_at=now + BUSY_WAIT)
         return allowed
 

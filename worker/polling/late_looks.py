@@ -27,7 +27,6 @@ from worker.polling.spare_requests import (
     LEASE_MARGIN,
     REFUSED_WAIT,
     SpareRequests,
-    host_may_be_polled,
 )
 from worker.store.breakers import all_breakers
 from worker.store.counters import Tally
@@ -89,17 +88,8 @@ class LateLooks(SpareRequests):
         with self._engine.begin() as connection:
             now = database_now(connection)
             due = due_looks(connection, list(self._keys), now=now, limit=AT_ONCE)
-            if not due:
-                return []
-            breakers = all_breakers(connection)
-            free_accounts = {
-                account: self._is_free(connection, account, breakers, now) for account in {look.account for look in due}
-            }
-            allowed = [
-                look for look in due if free_accounts[look.account] and host_may_be_polled(breakers, look.host, now)
-            ]
-            deferred = {look.job_id for look in due}.difference(look.job_id for look in allowed)
-            defer_due_looks(connection, list(deferred), now=now, due_at=now + HELD_WAIT)
+            allowed, held = self._split(connection, due, now)
+            defer_due_looks(connection, [look.job_id for look in held], now=now, due_at=now + HELD_WAIT)
             return allowed
 
     def _make_look(self, due_look: DueLook) -> bool:

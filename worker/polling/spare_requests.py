@@ -4,7 +4,9 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from datetime import datetime, timedelta
+from typing import Protocol, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -27,6 +29,23 @@ HELD_WAIT = timedelta(minutes=10)  # until the next try if the account or host i
 REFUSED_WAIT = timedelta(hours=1)  # until the next try if the settings do not let the key be sent to the address
 OVERDUE_SECONDS = 2.0  # a job that is overdue by more shows that the account's requests are short
 SOON_SECONDS = 0.05  # a request that may be sent within this time needs no wait
+
+
+class DueRow(Protocol):
+    """A row whose request is due, with its account and its API host."""
+
+    @property
+    def account(self) -> str:
+        """The account whose key is sent."""
+        ...
+
+    @property
+    def host(self) -> str:
+        """The host to which it is sent."""
+        ...
+
+
+Due = TypeVar("Due", bound=DueRow)
 
 
 class SpareRequests(ABC):
@@ -82,6 +101,16 @@ class SpareRequests(ABC):
             log.warning("%s wait for the database reason=%s", self.name, type(error).__name__)
         except Exception:
             log.exception("%s failed, the next sweep continues", self.name)
+
+    def _split(self, connection: Connection, due: Sequence[Due], now: datetime) -> tuple[list[Due], list[Due]]:
+        """Return the due rows of accounts and hosts that may be polled, and the others, which have to wait."""
+        breakers = all_breakers(connection) if due else {}
+        free = {account: self._is_free(connection, account, breakers, now) for account in {row.account for row in due}}
+        allowed, held = list[Due](), list[Due]()
+        for row in due:
+            is_allowed = free[row.account] and host_may_be_polled(breakers, row.host, now)
+            (allowed if is_allowed else held).append(row)
+        return allowed, held
 
     def _is_free(self, connection: Connection, account: str, breakers: Breakers, now: datetime) -> bool:
         """Return whether an account has a key, is not held, and has no overdue job."""

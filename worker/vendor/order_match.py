@@ -5,11 +5,12 @@ translates it, and rounds sizes. So a field counts as different only if no known
 """
 
 import html
-import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from worker.core.numbers import number, positive_number
 from worker.core.plain_text import plain_text
+from worker.vendor.answer_fields import json_object
 
 SIZE_STEP = 64  # pixels: sizes are rounded to multiples of 8 or 64
 _YES = frozenset({"yes", "true", "1"})
@@ -24,7 +25,7 @@ def differing_field(payload: str, fields: Mapping[str, Any] | None) -> str | Non
     >>> differing_field('{"prompt": "a lake"}', {"meta": {"prompt": "a harbour"}})
     'prompt'
     """
-    order, echo = _object(payload), (fields or {}).get("meta")
+    order, echo = json_object(payload.encode("utf-8", "replace")) or {}, (fields or {}).get("meta")
     if not isinstance(echo, Mapping):
         return None
     for field in _FIELDS:
@@ -34,14 +35,6 @@ def differing_field(payload: str, fields: Mapping[str, Any] | None) -> str | Non
         if sent is not None and answered is not None and field.compare(sent, answered) is False:
             return field.names[0]
     return None
-
-
-def _object(payload: str) -> Mapping[str, Any]:
-    try:
-        order = json.loads(payload)
-    except (ValueError, RecursionError):
-        return {}
-    return order if isinstance(order, dict) else {}
 
 
 def _value(fields: Mapping[str, Any], names: tuple[str, ...]) -> object:
@@ -61,28 +54,18 @@ def _words(text: str) -> str:
 
 
 def _same_size(sent: object, answered: object) -> bool | None:
-    first, second = _number(sent), _number(answered)
+    first, second = number(sent), number(answered)
     return None if first is None or second is None else abs(first - second) < SIZE_STEP
 
 
 def _same_number(sent: object, answered: object) -> bool | None:
-    first, second = _number(sent), _number(answered)
+    first, second = number(sent), number(answered)
     return None if first is None or second is None else first == second
 
 
 def _same_seed(sent: object, answered: object) -> bool | None:
     """Compare seeds. Zero and negative ones ask for a random seed."""
-    number = _number(sent)
-    return None if number is None or number <= 0 else _same_number(sent, answered)
-
-
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return None
+    return None if positive_number(sent) is None else _same_number(sent, answered)
 
 
 class _Field(NamedTuple):

@@ -9,17 +9,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
-from worker.core.identity import checked_remote_id
 from worker.core.numbers import number
 from worker.core.reply import AnotherJob, Empty, Processing, Ready, Reply, Unread
-from worker.errors import NotTrackable, RefusedAddress
+from worker.errors import RefusedAddress
 from worker.vendor.answer_fields import json_value
 from worker.vendor.answer_links import listed_outputs
 from worker.vendor.families import ApiFamily
 from worker.vendor.fetch_url import AllowedApi, api_host
 from worker.vendor.replies import FAILED_WORDS, ParsedAnswer, Question, rule_for
 from worker.vendor.shapes import shape_of
-from worker.vendor.submissions import ID_FIELDS
+from worker.vendor.submissions import id_of
 
 OutputType = Literal["image", "video", "audio"]
 
@@ -169,22 +168,10 @@ def _merged(entries: list[Any]) -> tuple[RecentOutput, ...]:
 
 def _outputs(entries: list[Any]) -> Iterator[RecentOutput]:
     for entry in entries:
-        remote_id = _remote_id(entry) if isinstance(entry, dict) else None
+        remote_id = id_of(entry) if isinstance(entry, dict) else None
         if remote_id is not None:
             urls = tuple(link.url for link in listed_outputs(entry).links)
             yield RecentOutput(remote_id, urls, _created_at(entry))
-
-
-def _remote_id(entry: Mapping[str, Any]) -> str | None:
-    for name in ID_FIELDS:
-        value = entry.get(name)
-        try:
-            remote_id = checked_remote_id(value) if value else None
-        except NotTrackable:
-            continue
-        if remote_id is not None and remote_id != "0":
-            return remote_id
-    return None
 
 
 def _created_at(entry: Mapping[str, Any]) -> datetime | None:

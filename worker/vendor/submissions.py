@@ -193,8 +193,11 @@ def submission(remote: object, status_words: Mapping[str, str] = NO_STATUS_WORDS
 def named_id(body: bytes) -> str | None:
     """Return the id of the job in the body of a call of the API's webhook, or None. `body` may be any bytes."""
     fields = json_object(body)
-    if fields is None:
-        return None
+    return None if fields is None else id_of(fields)
+
+
+def id_of(fields: Mapping[str, Any]) -> str | None:
+    """Return the id of a job from the first field that has a valid one, or None. Never raises."""
     return _remote_id(fields, is_ready=True, is_training=_is_training(fields))
 
 

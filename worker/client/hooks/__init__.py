@@ -53,8 +53,8 @@ def received(reference: str, signature: str, read_body: Callable[[], bytes] = la
     With a valid signature, the jobs with that reference are polled earlier. There may be none. `read_body` returns the
     first `MAX_BODY` bytes of the body. An invalid call reads no body and makes no database query. Raises Unavailable.
     """
-    text = _reference(reference)
-    if text is None or not _signed(_keys(), text, signature):
+    text = _valid_reference(reference, signature)
+    if text is None:
         return False
     try:
         body = read_body()
@@ -67,8 +67,7 @@ def received(reference: str, signature: str, read_body: Callable[[], bytes] = la
 
 def is_valid(reference: str, signature: str) -> bool:
     """Return whether the last two parts of a path are signed with one of the secrets."""
-    text = _reference(reference)
-    return text is not None and _signed(_keys(), text, signature)
+    return _valid_reference(reference, signature) is not None
 
 
 def status_of(reference: str, signature: str, read_body: Callable[[], bytes] = lambda: b"") -> int:
@@ -77,6 +76,12 @@ def status_of(reference: str, signature: str, read_body: Callable[[], bytes] = l
         return 204 if received(reference, signature, read_body) else 404
     except Unavailable:
         return 503
+
+
+def _valid_reference(reference: str, signature: str) -> str | None:
+    """Return the reference in a path, or None if it is not signed with one of the secrets."""
+    text = _reference(reference)
+    return text if text is not None and _signed(_keys(), text, signature) else None
 
 
 @cache
